@@ -1,0 +1,1 @@
+"""The rules: pure, total, deterministic. Knows no bytes, no sockets, no clock."""

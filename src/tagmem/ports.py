@@ -1,0 +1,161 @@
+"""What a daemon needs from the world, as Protocols: each has a real and a fake implementation and one contract suite.
+
+Also the vocabulary of `step`: every daemon's machine takes an event and returns a Step, and the engine
+commits its changes before any of its effects is carried out (persist, then act).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+
+from tagmem.base.units import Nanoseconds
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something that happened; the only way into a machine."""
+
+
+class Effect(msgspec.Struct, frozen=True, tag=True):
+    """Something to be done in the world after the commit. Idempotent by `id` (0 for volatile ones)."""
+
+    durable: ClassVar[bool] = True
+    """False: derived again from the state after a restart, so it is not kept in the outbox."""
+
+    id: int
+
+
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """Put (`record`) or delete (None) one row: `kind` is the table, `key` the row."""
+
+    kind: str
+    key: str
+    record: msgspec.Struct | None
+
+
+class Note(msgspec.Struct, frozen=True):
+    """A public event for people and watchers; kept in the history with a growing number."""
+
+    type: str
+    """Dotted, past tense: `capacity.created`, `attachment.refused`."""
+    subject: str
+    """What it is about: a tag, host or appliance."""
+    data: dict[str, Any] = {}
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What one event leads to. The machine has applied `changes` to its own state already."""
+
+    changes: tuple[Change, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    done: tuple[int, ...] = ()
+    """Outbox ids of effects whose result this event was."""
+    notes: tuple[Note, ...] = ()
+    reply: Any = None
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """The steps that one commit makes durable together."""
+
+    steps: Sequence[Step]
+    at_ns: Nanoseconds
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Everything that a store has: what a machine is restored from."""
+
+    records: Iterable[tuple[str, str, Any]]
+    """(kind, key, record)"""
+    outbox: Sequence[Effect]
+    """Durable effects not yet done, in the order of their ids."""
+    last_effect_id: int
+    """The highest effect id ever given out."""
+
+
+class Machine(Protocol):
+    """The deciding half of a daemon: synchronous, deterministic, no I/O."""
+
+    def restore(self, loaded: Loaded) -> None:
+        """Forget everything and start from what the store has."""
+
+    def step(self, event: Event, now: Nanoseconds) -> Step:
+        """Decide. Never raises for anything that came from outside."""
+
+    def next_deadline(self) -> Nanoseconds | None:
+        """When the machine wants a Tick at the latest."""
+
+
+class Tick(Event, frozen=True):
+    """Time has passed; the engine posts it when a machine's deadline is due."""
+
+
+class Clock(Protocol):
+    """Nanoseconds since 1970, read once at start and advanced monotonically from there."""
+
+    def now(self) -> Nanoseconds: ...
+
+
+class HistoryEntry(msgspec.Struct, frozen=True):
+    """One Note as kept: `seq` grows by one."""
+
+    seq: int
+    at_ns: Nanoseconds
+    type: str
+    subject: str
+    data: dict[str, Any]
+
+
+class Store(Protocol):
+    """Durable rows, outbox and history. `commit` is atomic and on stable storage when it returns."""
+
+    def load(self) -> Loaded: ...
+
+    def commit(self, batch: Batch) -> int:
+        """Make a batch durable; returns the last history number. Raises StorageFailed with nothing of it kept."""
+        ...
+
+    def history(self, after: int, limit: int) -> Sequence[HistoryEntry]: ...
+
+    def last_history(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """A process that maps or has open a file."""
+
+    pid: int
+    name: str
+    how: str
+
+
+class MediaPiece(msgspec.Struct, frozen=True, gc=False):
+    """`length` bytes of a media file from `offset`."""
+
+    offset: int
+    length: int
+
+
+class Media(Protocol):
+    """Backing memory of an appliance. Allocation ids are chosen by the device and never reused."""
+
+    def create(self, allocation: str, pool: int, pieces: Sequence[MediaPiece]) -> None:
+        """Make the bytes of a new allocation exist, reading zero. Idempotent."""
+
+    def expose(self, allocation: str, name: str, directory: str, *, read_only: bool) -> None:
+        """Let a host find the bytes in its own directory. Idempotent."""
+
+    def conceal(self, name: str, directory: str) -> None:
+        """Take that back. Idempotent."""
+
+    def revoke(self, allocation: str, pool: int, pieces: Sequence[MediaPiece]) -> Sequence[Holding]:
+        """Make sure that nobody can touch the bytes any more; returns who still could (then nothing is proved)."""
+        ...
+
+    def sanitise(
+        self, allocation: str, pool: int, pieces: Sequence[MediaPiece]
+    ) -> Mapping[str, int]:
+        """Overwrite or punch, read back, and give the bytes up. Raises OSError-derived errors when it cannot."""
+        ...

@@ -1,0 +1,136 @@
+"""What the orchestrator and a host's agent say to each other: JSON messages over one WebSocket.
+
+Level-triggered: every message carries the whole wanted or observed state of one tag, stamped with the
+revision it belongs to, so a lost, repeated or late message does no harm. The agent opens with Hello; the
+orchestrator answers with one Desired per tag that concerns the host, then SyncDone; from then on either
+side sends what changes. A tag that is not named between Hello and SyncDone is not wanted on that host.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+Goal = Literal["attached", "released"]
+Phase = Literal["absent", "expected", "refused", "attached", "releasing", "released"]
+
+
+class Message(
+    msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=False
+):
+    """Base of both directions; `type` names the class."""
+
+
+class Workload(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A command to run on the tag; `id` is new for each launch, so that a repeat launches nothing."""
+
+    id: str
+    command: tuple[str, ...]
+    environment: dict[str, str] = {}
+    stop: bool = False
+
+
+class WorkloadReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of a workload."""
+
+    id: str
+    state: Literal["pending", "running", "exited", "failed"]
+    pid: int = 0
+    exit_code: int | None = None
+    reason: str = ""
+    log_path: str = ""
+
+
+class HolderReport(msgspec.Struct, frozen=True):
+    """A process that maps the tag or has it open."""
+
+    pid: int
+    name: str
+    how: Literal["maps", "open"]
+
+
+class Hello(Message, frozen=True):
+    """First message of an agent."""
+
+    host: str
+    boot_id: str
+    """Changes when the host has restarted, that is, when it holds no mapping from before."""
+    links: dict[str, int]
+    """Appliance name to LD-ID, as configured on the host."""
+    protocol: int = PROTOCOL_VERSION
+
+
+class Desired(Message, frozen=True):
+    """What the host is to reach for one tag."""
+
+    tag: str
+    revision: int
+    goal: Goal
+    appliance: str
+    size_bytes: int
+    tagged: bool = True
+    read_only: bool = False
+    extents: tuple[tuple[int, int], ...] = ()
+    """(DPA, length) in this host's view, in sequence order: what the offer must show."""
+    workload: Workload | None = None
+    up_to: str = "detach"
+    """Highest rung that the agent may climb by itself: `ask`, `stop` or `detach`."""
+    deadlines_ns: dict[str, int] = {}
+    kill_holders: bool = False
+    """The restart rung on an emulated host: end every process that still holds the tag."""
+
+
+class SyncDone(Message, frozen=True):
+    """All Desired of this host have been sent."""
+
+    epoch: int = 0
+    """The leader's fencing epoch; an agent refuses a lower one than it has seen."""
+
+
+class Observed(Message, frozen=True):
+    """What the host has for one tag."""
+
+    tag: str
+    revision: int
+    """Of the Desired that the agent has acted upon."""
+    phase: Phase
+    dax_path: str = ""
+    reason: str = ""
+    """Why it was refused, or what holds up the release; for people."""
+    rung: str = ""
+    holders: tuple[HolderReport, ...] = ()
+    workload: WorkloadReport | None = None
+    proved: bool = False
+    """With phase `released`: the agent checked that nothing maps or holds the tag, then released it."""
+
+
+class Rejected(Message, frozen=True):
+    """The orchestrator does not accept this session; the agent shows why and tries again later."""
+
+    reason: str
+
+
+ToAgent = Desired | SyncDone | Rejected
+ToOrchestrator = Hello | Observed
+
+_to_agent: msgspec.json.Decoder[ToAgent] = msgspec.json.Decoder(ToAgent)
+_to_orchestrator: msgspec.json.Decoder[ToOrchestrator] = msgspec.json.Decoder(ToOrchestrator)
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """One message as JSON text."""
+    return _encoder.encode(message)
+
+
+def decode_to_agent(data: bytes | str) -> ToAgent:
+    """Raises msgspec.ValidationError (a ValueError) naming the field."""
+    return _to_agent.decode(data)
+
+
+def decode_to_orchestrator(data: bytes | str) -> ToOrchestrator:
+    """Raises msgspec.ValidationError (a ValueError) naming the field."""
+    return _to_orchestrator.decode(data)
