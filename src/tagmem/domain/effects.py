@@ -10,7 +10,7 @@ import msgspec
 
 from tagmem.base.ids import ApplianceId, HostId, Tag
 from tagmem.base.units import Bytes
-from tagmem.domain.records import Extent, Holder, RegionRecord, Sharing, WorkloadStatus
+from tagmem.domain.records import Extent, Holder, LdRecord, RegionRecord, Sharing, WorkloadStatus
 from tagmem.ports import Effect, Event
 
 # ---- from people
@@ -96,7 +96,7 @@ class ApplianceConnected(Event, frozen=True):
 
     appliance: ApplianceId
     regions: tuple[RegionRecord, ...]
-    lds: int
+    lds: tuple[LdRecord, ...]
 
 
 class ApplianceDisconnected(Event, frozen=True):
@@ -165,6 +165,15 @@ class ReleaseFailed(Event, frozen=True):
     tag: Tag
     host: HostId
     forced: bool
+    code: int
+
+
+class FenceEnded(Event, frozen=True):
+    """A fence was confirmed (`code` 0: nothing on that host can touch the extents) or refused."""
+
+    effect_id: int
+    tag: Tag
+    host: HostId
     code: int
 
 
@@ -255,6 +264,18 @@ class InitiateRelease(Effect, frozen=True):
     forced: bool
 
 
+class FenceHost(Effect, frozen=True):
+    """Have the appliance make sure that one host can no longer touch one tag (vendor command C003h)."""
+
+    appliance: ApplianceId
+    host: HostId
+    ld: int
+    region: int
+    tag: Tag
+    tagged: bool
+    extents: tuple[Extent, ...]
+
+
 class ReadAppliance(Effect, frozen=True):
     """Bring a fresh ApplianceSnapshot. Volatile: doubt is in the appliance's record."""
 
@@ -281,5 +302,5 @@ class TellHost(Effect, frozen=True):
     tag: Tag
 
 
-DurableEffect = InitiateAdd | InitiateRelease
+DurableEffect = InitiateAdd | InitiateRelease | FenceHost
 """What the outbox can hold, for its decoder."""

@@ -11,7 +11,7 @@ from enum import Enum
 import msgspec
 
 from tagmem.base.ids import ApplianceId, HostId, Tag
-from tagmem.base.units import Bytes, MediaOffset, Nanoseconds
+from tagmem.base.units import Bytes, Dpa, MediaOffset, Nanoseconds
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -61,6 +61,15 @@ class RegionRecord(Record, frozen=True):
     sanitise: bool = True
 
 
+class LdRecord(Record, frozen=True):
+    """How one LD addresses the pools: the DPA of each region's start, and in which order it sees them."""
+
+    ld: int
+    bases: tuple[Dpa, ...]
+    mirrored: bool = False
+    """False: DPA = base + media offset. True: DPA = base + region size - media offset - length."""
+
+
 class ApplianceRecord(Record, frozen=True):
     """A registered appliance."""
 
@@ -68,7 +77,7 @@ class ApplianceRecord(Record, frozen=True):
     address: str
     state: ApplianceState
     regions: tuple[RegionRecord, ...] = ()
-    lds: int = 0
+    lds: tuple[LdRecord, ...] = ()
     registered_ns: Nanoseconds = 0
     fault: str = ""
 
