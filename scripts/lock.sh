@@ -1,9 +1,10 @@
 #!/bin/sh
-# Writes requirements.lock anew: every package of every extra that `make` uses, with the hashes of all of its files,
-# so that one lock serves Python 3.11 to 3.13. It names no package index; where packages come from is the business of
-# the machine's own pip configuration.
+# Writes requirements.lock anew: every package of every extra that `make` uses, with the hashes of
+# all of its files, so that one lock serves Python 3.11 to 3.13. It names no package index; where
+# packages come from is the business of the machine's own pip configuration.
 #
-# It is made with Python 3.11, the oldest that is supported, because back-ports that only 3.11 needs are harmless later.
+# It is made with Python 3.11, the oldest that is supported, because back-ports that only 3.11
+# needs are harmless later.
 set -eu
 cd "$(dirname "$0")/.."
 

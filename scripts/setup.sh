@@ -1,10 +1,11 @@
 #!/bin/sh
-# Makes this checkout ready to run: the Debian packages that are missing, a virtual environment in .venv with every
-# package of requirements.lock, and tagmem itself in it.
+# Makes this checkout ready to run: the Debian packages that are missing, a virtual environment in
+# .venv with every package of requirements.lock, and tagmem itself in it.
 #
-# It may be called as often as one likes: a stamp in .venv says what was set up, and when nothing changed since, this
-# ends in a few milliseconds. As root on Debian it installs what is missing with apt-get; as anybody else it says
-# what to install, and fails. It starts no service: a freshly installed memcached is left stopped and disabled.
+# It may be called as often as one likes: a stamp in .venv says what was set up, and when nothing
+# changed since, this ends in a few milliseconds. As root on Debian it installs what is missing
+# with apt-get; as anybody else it says what to install, and fails. It starts no service: a
+# freshly installed memcached is left stopped and disabled.
 #
 #   PYTHON=/path/to/python   use this interpreter (3.11 or later) instead of looking for one
 set -eu
@@ -16,7 +17,8 @@ stamp=$venv/tagmem-setup
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# An interpreter is good when it is new enough and can make environments; a name on PATH alone proves neither.
+# An interpreter is good when it is new enough and can make environments; a name on PATH alone
+# proves neither.
 usable_python() {
     "$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
@@ -38,7 +40,8 @@ missing_packages() {
     done < scripts/debian-packages.txt
 }
 
-# What the environment was made from. Where it stands counts too: an environment does not survive being moved.
+# What the environment was made from. Where it stands counts too: an environment does not survive
+# being moved.
 wanted() {
     printf 'place %s\n' "$here"
     sha256sum requirements.lock pyproject.toml scripts/setup.sh scripts/debian-packages.txt
@@ -49,11 +52,12 @@ up_to_date() {
         && [ -e "$venv/bin/python" ] && [ -z "$(missing_packages)" ]
 }
 
-# Debian starts a daemon as soon as its package is configured. While ours are, a policy file says no; what was there
-# before comes back whatever happens.
+# Debian starts a daemon as soon as its package is configured. While ours are, a policy file says
+# no; what was there before comes back whatever happens.
 policy=/usr/sbin/policy-rc.d
 forbid_services() {
-    # A saved one that is still there is from a run that was killed: it is the original, and the other is ours.
+    # A saved one that is still there is from a run that was killed: it is the original, and the
+    # other is ours.
     if [ ! -e "$policy.tagmem-saved" ] && [ -e "$policy" ]; then
         mv "$policy" "$policy.tagmem-saved"
     fi
@@ -96,7 +100,8 @@ install_packages() {
 make_environment() {
     python=$(find_python) || die "no Python 3.11 or later that can make environments was found"
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    # An environment of another interpreter, of another place, or one that broke half-way is made again from nothing.
+    # An environment of another interpreter, of another place, or one that broke half-way is made
+    # again from nothing.
     if ! { [ -x "$venv/bin/python" ] && grep -qsxF "place $here" "$stamp"; }; then
         say "making $venv with $python ($version)"
         rm -rf "$venv"
@@ -112,7 +117,8 @@ make_environment() {
 
 up_to_date && exit 0
 
-# Two runs at once would step on each other's environment; the second waits, and then finds nothing to do.
+# Two runs at once would step on each other's environment; the second waits, and then finds
+# nothing to do.
 if [ -z "${TAGMEM_SETUP_LOCKED:-}" ] && command -v flock >/dev/null 2>&1; then
     mkdir -p .cache
     TAGMEM_SETUP_LOCKED=1 exec flock .cache/setup.lock "$here/scripts/setup.sh"

@@ -1,7 +1,8 @@
-"""tagmem lends memory by name: `tagmem.open(tag)` maps capacity that an appliance lent to this host.
+"""tagmem lends memory by name: `tagmem.open(tag)` maps capacity that this host was lent.
 
-This file exists so that `import tagmem` is the whole of what an application writes, and stays light: nothing of the
-package is imported before a name of it is asked for, so that daemons, tools and `--help` do not pay for the client.
+This file exists so that `import tagmem` is the whole of what an application writes, and stays
+light: nothing of the package is imported before a name of it is asked for, so that daemons, tools
+and `--help` do not pay for the client.
 """
 
 from importlib import import_module
