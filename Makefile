@@ -9,10 +9,12 @@ STATE_DIR ?= .tagmem
 
 # Directories come as the parts that they test do.
 TYPED := $(wildcard src tests bench)
-FAST  := $(wildcard tests/test_*.py tests/unit tests/property tests/vectors tests/contract tests/scenarios)
+FAST  := $(wildcard tests/test_*.py \
+	$(addprefix tests/,unit property vectors contract scenarios docs))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup static check test test-fast sim scenario demo bench up down docs format lock clean distclean
+.PHONY: help setup static check test test-fast sim scenario demo bench up down docs format \
+	lock clean distclean
 
 help: ## what there is
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile

@@ -73,18 +73,22 @@ restore_services() {
     trap - EXIT INT TERM
 }
 
-install_packages() {
+# Says what to install, and ends, where we cannot do it ourselves.
+refuse_to_install() {
     command -v apt-get >/dev/null 2>&1 \
-        || die "these are missing, and there is no apt-get to install them with: $1"
+        || die "these are missing, and there is no apt-get to install them with: ${1% }"
     if [ "$(id -u)" -ne 0 ]; then
         say "these Debian packages are missing; install them, then run this again:"
         say "    sudo apt install ${1% }"
         exit 1
     fi
+}
+
+install_packages() {
     say "installing Debian packages: ${1% }"
     export DEBIAN_FRONTEND=noninteractive
     forbid_services
-    apt-get update -qq >&2 || say "apt-get update failed; trying with the package lists that are here"
+    apt-get update -qq >&2 || say "apt-get update failed; going on with the lists that are here"
     # shellcheck disable=SC2086  # one word per package is meant
     apt-get -o DPkg::Lock::Timeout=120 install -y -qq --no-install-recommends $1 >&2
     restore_services
@@ -117,6 +121,9 @@ make_environment() {
 
 up_to_date && exit 0
 
+missing=$(missing_packages)
+[ -z "$missing" ] || refuse_to_install "$missing"
+
 # Two runs at once would step on each other's environment; the second waits, and then finds
 # nothing to do.
 if [ -z "${TAGMEM_SETUP_LOCKED:-}" ] && command -v flock >/dev/null 2>&1; then
@@ -124,7 +131,6 @@ if [ -z "${TAGMEM_SETUP_LOCKED:-}" ] && command -v flock >/dev/null 2>&1; then
     TAGMEM_SETUP_LOCKED=1 exec flock .cache/setup.lock "$here/scripts/setup.sh"
 fi
 
-missing=$(missing_packages)
 if [ -n "$missing" ]; then
     install_packages "$missing"
     missing=$(missing_packages)
