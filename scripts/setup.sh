@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 here=$(pwd -P)
 venv=.venv
 stamp=$venv/tagmem-setup
+place=$venv/tagmem-place
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -40,16 +41,19 @@ missing_packages() {
     done < scripts/debian-packages.txt
 }
 
-# What the environment was made from. Where it stands counts too: an environment does not survive
-# being moved.
+# What the environment was filled from.
 wanted() {
-    printf 'place %s\n' "$here"
     sha256sum requirements.lock pyproject.toml scripts/setup.sh scripts/debian-packages.txt
 }
 
+# An environment does not survive being moved, so it says where it was made.
+in_place() {
+    [ -x "$venv/bin/python" ] && [ -f "$place" ] && [ "$(cat "$place")" = "$here" ]
+}
+
 up_to_date() {
-    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted)" ] && [ -x "$venv/bin/tagmem" ] \
-        && [ -e "$venv/bin/python" ] && [ -z "$(missing_packages)" ]
+    in_place && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted)" ] && [ -x "$venv/bin/tagmem" ] \
+        && [ -z "$(missing_packages)" ]
 }
 
 # Debian starts a daemon as soon as its package is configured. While ours are, a policy file says
@@ -104,12 +108,11 @@ install_packages() {
 make_environment() {
     python=$(find_python) || die "no Python 3.11 or later that can make environments was found"
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    # An environment of another interpreter, of another place, or one that broke half-way is made
-    # again from nothing.
-    if ! { [ -x "$venv/bin/python" ] && grep -qsxF "place $here" "$stamp"; }; then
+    if ! in_place; then
         say "making $venv with $python ($version)"
         rm -rf "$venv"
         "$python" -m venv "$venv"
+        printf '%s\n' "$here" > "$place"
     fi
     rm -f "$stamp"
     say "installing the locked packages"

@@ -71,7 +71,7 @@ def names_in(path: Path) -> set[str]:
                 for inner in node.body
                 if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
             )
-            # A stateful model is run through this name, which its machine makes.
+        # A stateful model is run through a name that is assigned: TestX = Machine.TestCase.
         elif isinstance(node, ast.Assign):
             found.update(target.id for target in node.targets if isinstance(target, ast.Name))
     return found
