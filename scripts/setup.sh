@@ -52,8 +52,8 @@ in_place() {
 }
 
 up_to_date() {
-    in_place && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted)" ] && [ -x "$venv/bin/tagmem" ] \
-        && [ -z "$(missing_packages)" ]
+    in_place && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted)" ] \
+        && [ -x "$venv/bin/tagmem" ] && [ -z "$(missing_packages)" ]
 }
 
 # Debian starts a daemon as soon as its package is configured. While ours are, a policy file says
