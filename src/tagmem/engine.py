@@ -12,11 +12,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from tagmem.base.errors import StorageFailed
 from tagmem.base.limits import ENGINE_BATCH_MAX, ENGINE_QUEUE_MAX
-from tagmem.base.units import SECOND
+from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.ports import Batch, Clock, Effect, Event, Loaded, Machine, Step, Store, Tick
 
 log = logging.getLogger(__name__)
@@ -25,10 +26,23 @@ Perform = Callable[[Effect], None]
 """Carries out one effect without waiting; its result comes back as an event."""
 Observer = Callable[[list[Step], int], None]
 """Told of each committed batch and the last history number."""
+Render = Callable[[Any], Any]
+T = TypeVar("T")
+Queued = tuple[Event, "asyncio.Future[Any] | None", "Render | None"]
 
 
 class QueueFull(StorageFailed):
     """More events wait than the engine takes; try again later."""
+
+
+def _answer(future: asyncio.Future[T], reader: Callable[[], T]) -> None:
+    """Resolve `future`. A mistake in `reader` is its caller's alone and must not end the engine."""
+    if future.done():
+        return
+    try:
+        future.set_result(reader())
+    except Exception as mistake:
+        future.set_exception(mistake)
 
 
 class Engine:
@@ -39,11 +53,20 @@ class Engine:
         self._store = store
         self._clock = clock
         self._perform = perform
-        self._queue: list[tuple[Event, asyncio.Future[Any] | None]] = []
+        self._queue: list[Queued] = []
         self._wake = asyncio.Event()
         self._observers: list[Observer] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self._stopping = False
+        self._committing = False
+        self._readers: list[Callable[[], None]] = []
+        self.committed_ns: Nanoseconds = 0
+        """When the batch that observers are told of was decided."""
+
+    @property
+    def waiting(self) -> int:
+        """How many events are queued."""
+        return len(self._queue)
 
     def observe(self, observer: Observer) -> None:
         """Call `observer` after each commit."""
@@ -57,16 +80,31 @@ class Engine:
 
     def post(self, event: Event) -> None:
         """Queue an event of the system's own; never refused, because losing one would lose the truth."""
-        self._queue.append((event, None))
+        self._queue.append((event, None, None))
         self._wake.set()
 
-    async def submit(self, event: Event) -> Any:
-        """Queue a request and wait until its answer is durable. Raises QueueFull or StorageFailed."""
+    async def submit(self, event: Event, render: Render | None = None) -> Any:
+        """Queue a request and wait until its answer is durable. Raises QueueFull or StorageFailed.
+
+        `render` makes the answer from the machine's reply while the machine's state is just what has
+        been committed; without it the answer is the reply itself.
+        """
         if len(self._queue) >= ENGINE_QUEUE_MAX:
             raise QueueFull
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._queue.append((event, future))
+        self._queue.append((event, future, render))
         self._wake.set()
+        return await future
+
+    async def read(self, reader: Callable[[], T]) -> T:
+        """What `reader` finds in the machine when all of its state is durable.
+
+        While a commit is under way the machine is ahead of the store: nothing of that may leave.
+        """
+        if not self._committing:
+            return reader()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._readers.append(lambda: _answer(future, reader))
         return await future
 
     async def run(self) -> None:
@@ -78,11 +116,11 @@ class Engine:
             now = self._clock.now()
             deadline = self.machine.next_deadline()
             if deadline is not None and deadline <= now:
-                self._queue.append((Tick(), None))
+                self._queue.append((Tick(), None, None))
             taken, self._queue = self._queue[:ENGINE_BATCH_MAX], self._queue[ENGINE_BATCH_MAX:]
             if not taken:
                 continue
-            steps = [self.machine.step(event, now) for event, _ in taken]
+            steps = [self.machine.step(event, now) for event, _, _ in taken]
             await self._commit(loop, steps, taken, now)
 
     async def _wait(self) -> None:
@@ -102,35 +140,48 @@ class Engine:
         self,
         loop: asyncio.AbstractEventLoop,
         steps: list[Step],
-        taken: list[tuple[Event, asyncio.Future[Any] | None]],
+        taken: list[Queued],
         now: int,
     ) -> None:
         last_history = 0
         if any(step.changes or step.effects or step.done or step.notes for step in steps):
+            self._committing = True
             try:
                 batch = Batch(steps, now)
                 last_history = await loop.run_in_executor(self._writer, self._store.commit, batch)
             except StorageFailed as failure:
+                self._committing = False
                 self._fail(taken, failure)
                 return
+        self._committing = False
+        self.committed_ns = now
         for step in steps:
             for effect in step.effects:
                 self._perform(effect)
         for observer in self._observers:
             observer(steps, last_history)
-        for step, (_, future) in zip(steps, taken, strict=True):
-            if future is not None and not future.done():
+        for step, (_, future, render) in zip(steps, taken, strict=True):
+            if future is None or future.done():
+                continue
+            if render is None:
                 future.set_result(step.reply)
+            else:
+                _answer(future, partial(render, step.reply))
+        self._tell_readers()
 
-    def _fail(
-        self, taken: list[tuple[Event, asyncio.Future[Any] | None]], failure: StorageFailed
-    ) -> None:
+    def _tell_readers(self) -> None:
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            reader()
+
+    def _fail(self, taken: list[Queued], failure: StorageFailed) -> None:
         log.error("commit of %d events failed: %s", len(taken), failure)
         self.restore()
-        for _, future in taken:
+        self._tell_readers()
+        for _, future, _ in taken:
             if future is not None and not future.done():
                 future.set_exception(failure)
-        lost = [event for event, future in taken if future is None and not isinstance(event, Tick)]
+        lost = [event for event, asked, _ in taken if asked is None and not isinstance(event, Tick)]
         if lost:
             raise StorageFailed(
                 f"{failure}; {len(lost)} observations could not be kept, so this process must restart and look again"

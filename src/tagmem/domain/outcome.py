@@ -31,6 +31,10 @@ class Outcome(IntEnum):
     SIZE_EXCEEDS_POOL = 16
     SHARING_NEEDS_A_TAG = 17
     COMMAND_IS_EMPTY = 18
+    BODY_IS_MALFORMED = 19
+    BODY_IS_TOO_LARGE = 20
+    MEDIA_TYPE_IS_NOT_SUPPORTED = 21
+    METHOD_IS_NOT_ALLOWED = 22
 
     HOST_IS_UNKNOWN = 30
     APPLIANCE_IS_UNKNOWN = 31
@@ -39,6 +43,7 @@ class Outcome(IntEnum):
     HOST_DOES_NOT_HOLD_TAG = 34
     REGION_IS_UNKNOWN = 35
     WORKLOAD_IS_UNKNOWN = 36
+    PATH_IS_UNKNOWN = 37
 
     TAG_EXISTS_WITH_OTHER_PARAMETERS = 50
     NAME_EXISTS_WITH_OTHER_PARAMETERS = 51
@@ -102,6 +107,10 @@ def _facts(outcome: Outcome) -> Facts:
         Outcome.CREATED: Facts(201, EXIT_OK, False),
         Outcome.ALREADY_SO: Facts(200, EXIT_OK, False),
         Outcome.ACCEPTED: Facts(202, EXIT_OK, False),
+        Outcome.BODY_IS_MALFORMED: Facts(400, EXIT_USAGE, False),
+        Outcome.BODY_IS_TOO_LARGE: Facts(413, EXIT_USAGE, False),
+        Outcome.MEDIA_TYPE_IS_NOT_SUPPORTED: Facts(415, EXIT_USAGE, False),
+        Outcome.METHOD_IS_NOT_ALLOWED: Facts(405, EXIT_USAGE, False),
         Outcome.REVISION_DOES_NOT_MATCH: Facts(412, EXIT_CONFLICT, False),
         Outcome.HOST_CANNOT_REACH_APPLIANCE: Facts(409, EXIT_CONFLICT, False),
         Outcome.IDEMPOTENCY_KEY_REUSED: Facts(422, EXIT_CONFLICT, False),

@@ -1,10 +1,23 @@
-"""API v1 documents: the JSON that the orchestrator and its clients share. Sizes are integers of bytes."""
+"""API v1 documents: the JSON that the orchestrator and its clients share; sizes are in bytes."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
+
+from tagmem.base.limits import COMMAND_ARGUMENTS_MAX, HOSTS_PER_APPLIANCE_MAX
+
+SharingName = Literal["none", "read-only", "hardware-coherent", "software-coherent"]
+RungName = Literal["ask", "stop", "detach", "restart", "fence", "force"]
+SizeBytes = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""Bounded by what a database column and a JSON reader in another language can hold."""
+Name = Annotated[str, Meta(max_length=63)]
+Text = Annotated[str, Meta(max_length=32_768)]
+Links = Annotated[
+    dict[Name, Annotated[int, Meta(ge=0, le=65_535)]], Meta(max_length=HOSTS_PER_APPLIANCE_MAX)
+]
 
 
 class Document(msgspec.Struct, frozen=True, omit_defaults=False):
@@ -18,13 +31,13 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 class CapacityRequest(Body, frozen=True):
     """PUT /v1/capacities/{tag}, or POST /v1/capacities to have a tag chosen."""
 
-    size_bytes: int
-    hosts: tuple[str, ...] = ()
+    size_bytes: SizeBytes
+    hosts: Annotated[tuple[Name, ...], Meta(max_length=HOSTS_PER_APPLIANCE_MAX)] = ()
     tagged: bool = True
-    sharing: Literal["none", "read-only", "hardware-coherent", "software-coherent"] = "none"
-    owner: str = ""
-    appliance: str = ""
-    region: int | None = None
+    sharing: SharingName = "none"
+    owner: Annotated[str, Meta(max_length=253)] = ""
+    appliance: Name = ""
+    region: Annotated[int, Meta(ge=0, le=255)] | None = None
     contiguous: bool = True
 
 
@@ -35,22 +48,22 @@ class AttachmentRequest(Body, frozen=True):
 class WorkloadRequest(Body, frozen=True):
     """POST /v1/capacities/{tag}/attachments/{host}/workload."""
 
-    command: tuple[str, ...]
-    environment: dict[str, str] = {}
-    id: str = ""
+    command: Annotated[tuple[Text, ...], Meta(max_length=COMMAND_ARGUMENTS_MAX)]
+    environment: Annotated[dict[str, Text], Meta(max_length=COMMAND_ARGUMENTS_MAX)] = {}
+    id: Annotated[str, Meta(max_length=128)] = ""
     """Chosen by the client to make a repeat harmless; empty: the server chooses."""
 
 
 class ApplianceRequest(Body, frozen=True):
     """PUT /v1/appliances/{id}."""
 
-    address: str
+    address: Annotated[str, Meta(max_length=1024)]
 
 
 class HostRequest(Body, frozen=True):
-    """PUT /v1/hosts/{id}."""
+    """PUT /v1/hosts/{id}: its LD on each appliance that it reaches."""
 
-    links: dict[str, int]
+    links: Links
 
 
 class ExtentDocument(Document, frozen=True):
@@ -134,7 +147,11 @@ class ApplianceDocument(Document, frozen=True):
 
 
 class MapPiece(Document, frozen=True):
-    """One run of the extent map: state is `free`, `offered`, `accepted`, `releasing`, `sanitising`, `unknown`, `quarantined`."""
+    """One run of the extent map.
+
+    `state` is `free`, `reserved`, `offered`, `accepted`, `releasing`, `sanitising`, `unknown` or
+    `quarantined`.
+    """
 
     start: int
     length: int
@@ -143,13 +160,21 @@ class MapPiece(Document, frozen=True):
     hosts: tuple[str, ...]
 
 
-class RegionMapDocument(Document, frozen=True):
-    """GET /v1/appliances/{id}/map: every byte of each pool, in order."""
+class PoolMapDocument(Document, frozen=True):
+    """Every byte of one pool of media, in order; several regions may be windows on it."""
 
-    region: int
+    pool: int
+    regions: tuple[int, ...]
     size_bytes: int
     block_bytes: int
     pieces: tuple[MapPiece, ...]
+
+
+class ApplianceMapDocument(Document, frozen=True):
+    """GET /v1/appliances/{id}/map."""
+
+    appliance: str
+    pools: tuple[PoolMapDocument, ...]
 
 
 class HostDocument(Document, frozen=True):
@@ -201,8 +226,65 @@ class EventDocument(Document, frozen=True):
     data: dict[str, Any]
 
 
+class CapacityPage(Document, frozen=True):
+    """GET /v1/capacities, in the order of their tags.
+
+    `next` is the `after` of the following page; null on the last.
+    """
+
+    items: tuple[CapacityDocument, ...]
+    next: str | None
+
+
+class ApplianceList(Document, frozen=True):
+    """GET /v1/appliances."""
+
+    items: tuple[ApplianceDocument, ...]
+
+
+class HostList(Document, frozen=True):
+    """GET /v1/hosts."""
+
+    items: tuple[HostDocument, ...]
+
+
+class QuarantineList(Document, frozen=True):
+    """GET /v1/quarantine: what lies on appliances and was not put there by this orchestrator."""
+
+    items: tuple[QuarantineDocument, ...]
+
+
+class EventPage(Document, frozen=True):
+    """GET /v1/events as JSON.
+
+    `next` is the `after` of the following page, `last` the newest event there is.
+    """
+
+    items: tuple[EventDocument, ...]
+    next: int
+    last: int
+
+
+class HealthDocument(Document, frozen=True):
+    """GET /v1/health. `status` is `ok`, or `degraded` while an appliance is in doubt or lost."""
+
+    status: Literal["ok", "degraded"]
+    version: str
+    started_ns: int
+    capacities: int
+    quarantined: int
+    appliances: dict[str, str]
+    """Appliance name to its state."""
+    hosts: int
+    hosts_connected: int
+    events_waiting: int
+
+
 class Problem(Document, frozen=True):
-    """RFC 9457 `application/problem+json`, plus the outcome's stable code and the offending field."""
+    """RFC 9457 `application/problem+json`, plus the outcome's stable code and the offending field.
+
+    `transient` says whether the same request may succeed later.
+    """
 
     type: str
     title: str
@@ -213,3 +295,4 @@ class Problem(Document, frozen=True):
     field: str = ""
     limit: str = ""
     value: str = ""
+    transient: bool = False
