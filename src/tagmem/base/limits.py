@@ -36,6 +36,10 @@ ENGINE_QUEUE_MAX = 8_192
 """Events waiting for one machine; a submitter beyond it is told to come back later."""
 ENGINE_BATCH_MAX = 512
 """Events that share one commit."""
+HISTORY_RETENTION = 100_000
+"""Entries of the history that a store keeps unless configured otherwise."""
+HISTORY_PRUNE_ROWS = 1_024
+"""Rows that one commit removes from the history's old end, at most."""
 COMMAND_ARGUMENTS_MAX = 256
 COMMAND_BYTES_MAX = 32 * KIB
 WORKLOAD_LOG_BYTES_MAX = 1 * GIB
@@ -46,6 +50,8 @@ MAILBOX_REQUEST_DEADLINE_NS = 5 * SECOND
 EXPECT_GRACE_NS = 2 * SECOND
 """How long an agent holds an offer whose tag it was not told to expect before refusing it."""
 
+if HISTORY_PRUNE_ROWS < ENGINE_BATCH_MAX:
+    raise ValueError("history must be pruned faster than it grows")
 if CCI_OUTSTANDING_MAX * 4 > CCI_TAGS_MAX:
     raise ValueError("a late answer could be taken for a young request's")
 if 32 + 40 * EXTENTS_PER_ADD_MAX > CCI_PAYLOAD_BYTES_MAX:

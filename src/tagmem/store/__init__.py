@@ -1,0 +1,1 @@
+"""Durable rows, outbox and history: one contract, in a SQLite file or in memory."""

@@ -1,0 +1,285 @@
+"""The durable store: one SQLite file in WAL mode, synchronous=FULL, one writer.
+
+A commit is one transaction and one fsync. A refused commit leaves the file as it was; only when the fsync
+itself failed and the machine then goes down before the next commit may a reader find all of it, never a part.
+
+Each opening takes the next writer epoch, and each commit checks that its epoch is still the latest. So two
+processes that got hold of one file cannot both write to it, even if they evaded the state directory's lock.
+
+People may read the file with the sqlite3 shell while a daemon runs: each kind of record is a view.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from tagmem.base.errors import Conflict, StorageFailed, TagmemError, Unsupported
+from tagmem.base.limits import HISTORY_RETENTION
+from tagmem.ports import Batch, HistoryEntry, Loaded
+from tagmem.store.codec import Codec, Rows, prune_before
+
+_HERE = Path(__file__).parent
+_BUSY_MS = 250
+_CAUSES: tuple[tuple[type[apsw.Error], str], ...] = (
+    (apsw.FullError, "the file system is full"),
+    (apsw.ReadOnlyError, "it is read-only"),
+    (apsw.IOError, "input/output error"),
+    (apsw.CantOpenError, "it cannot be opened"),
+    (apsw.BusyError, "another process has locked it"),
+    (apsw.LockedError, "another process has locked it"),
+    (apsw.CorruptError, "it is damaged"),
+    (apsw.NotADBError, "it is not a database"),
+    (apsw.PermissionsError, "access is denied"),
+    (apsw.NoMemError, "out of memory"),
+)
+
+
+def named_queries(text: str) -> dict[str, str]:
+    """The statements of a file in which `-- name: x` precedes each."""
+    queries: dict[str, str] = {}
+    for part in text.split("-- name: ")[1:]:
+        name, _, statement = part.partition("\n")
+        queries[name.strip()] = statement.strip().rstrip(";")
+    return queries
+
+
+def migrations() -> list[tuple[int, str]]:
+    """(version, statements) of each migration, in order."""
+    files = sorted((_HERE / "migrations").glob("[0-9]*.sql"))
+    return [(int(file.name.partition("_")[0]), file.read_text("utf-8")) for file in files]
+
+
+class SqliteStore:
+    """A `Store` in the file `path`, which is made if there is none.
+
+    `kinds` are the daemon's record types by kind, `effects` the union of its durable effects. With `exclusive`
+    the file is opened by this process alone, without shared memory, and history is read between commits.
+
+    `commit` may run in another thread than the rest. Opening raises Conflict when another process has the
+    file locked, Unsupported when a newer tagmem wrote it, StorageFailed when it cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        kinds: Mapping[str, type[msgspec.Struct]],
+        effects: Any = None,
+        *,
+        retention: int = HISTORY_RETENTION,
+        vfs: str | None = None,
+        exclusive: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._codec = Codec(kinds, effects)
+        self._retention = retention
+        self._vfs = vfs
+        self._lock = threading.Lock()
+        self._queries = named_queries((_HERE / "queries.sql").read_text("utf-8"))
+        self._writer: apsw.Connection | None = None
+        self._reader: apsw.Connection | None = None
+        try:
+            self._writer = self._connect(exclusive=exclusive)
+            self._migrate(self._writer)
+            self._epoch = self._take_epoch(self._writer)
+            self._last_effect_id = self._meta(self._writer, "last_effect_id")
+            self._oldest, self._last = self._span(self._writer)
+            self._reader = self._writer if exclusive else self._connect(read=True)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, apsw.BusyError | apsw.LockedError):
+                raise Conflict(f"{self.path}: another process has locked it") from error
+            if isinstance(error, apsw.Error):
+                raise self._failure("cannot be opened", error) from error
+            raise
+
+    # ---- opening
+
+    def _connect(self, *, exclusive: bool = False, read: bool = False) -> apsw.Connection:
+        flags = apsw.SQLITE_OPEN_READONLY if read else apsw.SQLITE_OPEN_READWRITE
+        if not read:
+            flags |= apsw.SQLITE_OPEN_CREATE
+        connection = apsw.Connection(str(self.path), flags=flags, vfs=self._vfs)
+        connection.set_busy_timeout(_BUSY_MS)
+        if exclusive:
+            connection.pragma("locking_mode", "EXCLUSIVE")
+        if not read:
+            mode = connection.pragma("journal_mode", "WAL")
+            if mode != "wal":
+                connection.close()
+                raise StorageFailed(f"{self.path}: write-ahead logging is not possible there")
+            connection.pragma("synchronous", "FULL")
+        return connection
+
+    def _migrate(self, writer: apsw.Connection) -> None:
+        known = migrations()
+        newest = known[-1][0]
+        version = self._version(writer)
+        if version > newest:
+            raise Unsupported(
+                f"{self.path}: has schema version {version}, and this tagmem knows up to {newest}"
+            )
+        with writer:
+            for number, statements in known:
+                if number > version:
+                    writer.execute(statements)
+            self._show_views(writer)
+
+    def _version(self, writer: apsw.Connection) -> int:
+        tables = {name for (name,) in writer.execute("SELECT name FROM sqlite_master")}
+        if not tables:
+            return 0
+        if not {"meta", "record", "outbox", "history"} <= tables:
+            raise StorageFailed(f"{self.path}: is a database of something else than tagmem")
+        return self._meta(writer, "schema_version")
+
+    def _show_views(self, writer: apsw.Connection) -> None:
+        """A view per kind, for people: its definition follows the record type."""
+        sql = "SELECT name, sql FROM sqlite_master WHERE type = 'view'"
+        present: dict[str, str] = dict(writer.execute(sql))
+        for kind, record in self._codec.kinds.items():
+            columns = "".join(
+                f", doc ->> '{field.encode_name}' AS \"{field.encode_name}\""
+                for field in msgspec.structs.fields(record)
+                if field.encode_name != "key"
+            )
+            view = (
+                f"CREATE VIEW \"{kind}\" AS SELECT key{columns} FROM record WHERE kind = '{kind}'"  # noqa: S608 - names are our own types'
+            )
+            if present.get(kind) == view:
+                continue
+            writer.execute(f'DROP VIEW IF EXISTS "{kind}"')
+            writer.execute(view)
+
+    def _take_epoch(self, writer: apsw.Connection) -> int:
+        with writer:
+            writer.execute("UPDATE meta SET value = value + 1 WHERE name = 'writer_epoch'")
+            return self._meta(writer, "writer_epoch")
+
+    def _meta(self, connection: apsw.Connection, name: str) -> int:
+        value: int | None = connection.execute(self._queries["get_meta"], (name,)).get
+        if value is None:
+            raise StorageFailed(f"{self.path}: its meta table has no {name}")
+        return value
+
+    def _span(self, connection: apsw.Connection) -> tuple[int, int]:
+        oldest, last = connection.execute(self._queries["history_span"]).get or (None, None)
+        return (1, 0) if last is None else (oldest, last)
+
+    # ---- the contract
+
+    def load(self) -> Loaded:
+        """Everything that was committed."""
+        with self._lock:
+            writer = self._open()
+            try:
+                with writer:
+                    records = self._codec.records(writer.execute(self._queries["all_records"]))
+                    outbox = self._codec.effects(writer.execute(self._queries["all_effects"]))
+                    last = self._meta(writer, "last_effect_id")
+            except apsw.Error as error:
+                raise self._failure("cannot be read", error) from error
+            return Loaded(records, outbox, last)
+
+    def commit(self, batch: Batch) -> int:
+        """Make a batch durable, or raise StorageFailed (Conflict when a later writer has the file)."""
+        rows = self._codec.rows(batch)
+        with self._lock:
+            writer = self._open()
+            last = self._last + len(rows.notes)
+            upto = prune_before(self._oldest, last, self._retention)
+            try:
+                writer.execute("BEGIN IMMEDIATE")
+                self._check_epoch(writer)
+                self._write(writer, rows, batch.at_ns, upto)
+                writer.execute("COMMIT")
+            except BaseException as error:
+                self._roll_back(writer)
+                if isinstance(error, apsw.Error):
+                    raise self._failure("refused a commit", error) from error
+                raise
+            self._last = last
+            self._oldest = max(self._oldest, upto + 1)
+            self._last_effect_id = max(self._last_effect_id, rows.last_effect_id)
+            return last
+
+    def _write(self, writer: apsw.Connection, rows: Rows, at_ns: int, upto: int) -> None:
+        queries = self._queries
+        if rows.puts:
+            writer.executemany(queries["put_record"], rows.puts)
+        if rows.deletes:
+            writer.executemany(queries["delete_record"], rows.deletes)
+        if rows.done:
+            writer.executemany(queries["delete_effect"], rows.done)
+        if rows.ordered:
+            writer.executemany(queries["put_effect"], rows.ordered)
+        if rows.last_effect_id > self._last_effect_id:
+            writer.execute(queries["set_meta"], (rows.last_effect_id, "last_effect_id"))
+        if rows.notes:
+            numbered = enumerate(rows.notes, self._last + 1)
+            entries = ((seq, at_ns, *note) for seq, note in numbered)
+            writer.executemany(queries["put_history"], entries)
+        if upto:
+            writer.execute(queries["prune_history"], (upto,))
+
+    def _check_epoch(self, writer: apsw.Connection) -> None:
+        epoch = self._meta(writer, "writer_epoch")
+        if epoch != self._epoch:
+            raise StorageFailed(
+                f"{self.path}: another process has become its writer (epoch {epoch}, ours {self._epoch})"
+            )
+
+    def _roll_back(self, writer: apsw.Connection) -> None:
+        if writer.in_transaction:
+            # After some I/O errors SQLite has rolled back by itself, or the roll-back reports the error again.
+            with suppress(apsw.Error):
+                writer.execute("ROLLBACK")
+
+    def history(self, after: int, limit: int) -> Sequence[HistoryEntry]:
+        """Up to `limit` entries with numbers above `after`, oldest first. Never waits for a commit, unless exclusive."""
+        reader = self._reader
+        if reader is None:
+            raise StorageFailed(f"{self.path}: is closed")
+        try:
+            if reader is self._writer:
+                with self._lock:
+                    rows = reader.execute(self._queries["history_after"], (after, limit)).fetchall()
+            else:
+                rows = reader.execute(self._queries["history_after"], (after, limit)).fetchall()
+        except apsw.Error as error:
+            raise self._failure("cannot be read", error) from error
+        data = self._codec.data
+        return [
+            HistoryEntry(seq, at_ns, type_, about, data(doc))
+            for seq, at_ns, type_, about, doc in rows
+        ]
+
+    def last_history(self) -> int:
+        """The number of the newest entry; 0 when there was never one."""
+        return self._last
+
+    def close(self) -> None:
+        """Give the file up; the last to close it folds the log into it. A second close does nothing."""
+        with self._lock:
+            reader, self._reader = self._reader, None
+            writer, self._writer = self._writer, None
+            for connection in (reader, writer):
+                if connection is not None:
+                    # What is committed is in the log; failing to tidy up loses nothing.
+                    with suppress(apsw.Error):
+                        connection.close()
+
+    def _open(self) -> apsw.Connection:
+        if self._writer is None:
+            raise StorageFailed(f"{self.path}: is closed")
+        return self._writer
+
+    def _failure(self, what: str, error: apsw.Error) -> TagmemError:
+        cause = next((text for kind, text in _CAUSES if isinstance(error, kind)), "SQLite failed")
+        return StorageFailed(f"{self.path} {what}: {cause} ({error})")
