@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import starmap
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from tagmem.base.errors import InvalidInput
 
@@ -98,6 +98,7 @@ class _Integer(Part):
         self.size = width
         self.fmt = FORMATS.get(width, f"{width}s")
         self.kind = kind
+        self.members = {} if kind is None else _members(kind)
         self.scale = scale
         self.low = low
         whole = (1 << 8 * width) - 1
@@ -109,7 +110,8 @@ class _Integer(Part):
     def read(self, item: Any, out: list[Any], counts: dict[str, int]) -> None:
         number = int.from_bytes(item, "little") if self.bytes_item else item
         if self.kind is not None:
-            out.append(_member(self.name, self.kind, number))
+            member = self.members.get(number)
+            out.append(_refuse(self.name, self.kind, number) if member is None else member)
             return
         if not self.low <= number <= self.high:
             raise BadValue(self.name, self._limit(), number * self.scale)
@@ -122,7 +124,8 @@ class _Integer(Part):
     def check(self, value: Any) -> None:
         number = getattr(value, self.name)
         if self.kind is not None:
-            _member(self.name, self.kind, number)
+            if type(number) is not self.kind:
+                _refuse(self.name, self.kind, number)
             return
         if not isinstance(number, int):
             raise BadValue(self.name, "an integer", number)
@@ -136,12 +139,16 @@ class _Integer(Part):
         return f"a multiple of {self.scale}, at most {self.high * self.scale}"
 
 
-def _member(name: str, kind: type[IntEnum], number: Any) -> IntEnum:
-    try:
-        return kind(number)
-    except ValueError:
-        limit = "one of " + ", ".join(f"{m.value} {m.name.lower()}" for m in kind)
-        raise BadValue(name, limit, number) from None
+def _members(kind: type[IntEnum]) -> dict[int, IntEnum]:
+    # A dictionary is some ten times as fast as calling the class.
+    return {int(member): member for member in kind}
+
+
+def _refuse(name: str, kind: type[IntEnum | bool], number: Any) -> NoReturn:
+    if issubclass(kind, IntEnum):
+        choices = ", ".join(f"{m.value} {m.name.lower()}" for m in kind)
+        raise BadValue(name, f"a {kind.__name__} ({choices})", number)
+    raise BadValue(name, "true or false", number)
 
 
 def u8(
@@ -232,6 +239,9 @@ class Bit:
         self.shift = shift
         self.mask = (1 << width) - 1
         self.kind = kind
+        self.members: Mapping[int, Any] = {}
+        if kind is not None:
+            self.members = _members(kind) if issubclass(kind, IntEnum) else {0: False, 1: True}
         self.counts = counts
 
 
@@ -274,15 +284,14 @@ class Bits(Part):
                 counts[b.name] = part
             elif b.kind is None:
                 out.append(part)
-            elif b.kind is bool:
-                out.append(part == 1)
             else:
-                out.append(_member(b.name, b.kind, part))
+                member = b.members.get(part)
+                out.append(_refuse(b.name, b.kind, part) if member is None else member)
 
     def write(self, value: Any, counts: Mapping[str, int]) -> Any:
         number = 0
         for b in self.bits:
-            number |= (counts[b.name] if b.counts else int(getattr(value, b.name))) << b.shift
+            number |= (counts[b.name] if b.counts else getattr(value, b.name)) << b.shift
         return number.to_bytes(self.size, "little") if self.bytes_item else number
 
     def check(self, value: Any) -> None:
@@ -290,9 +299,10 @@ class Bits(Part):
             if b.counts:
                 continue
             number = getattr(value, b.name)
-            _check_int(b.name, number, 0, b.mask)
-            if b.kind is not None and b.kind is not bool:
-                _member(b.name, b.kind, number)
+            if b.kind is None:
+                _check_int(b.name, number, 0, b.mask)
+            elif type(number) is not b.kind:
+                _refuse(b.name, b.kind, number)
 
     def reserved_in(self, data: memoryview) -> Iterator[int]:
         unused = int.from_bytes(data[: self.size], "little") & ~self.used

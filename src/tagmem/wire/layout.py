@@ -91,13 +91,40 @@ class _Fixed:
         self.parts = tuple(parts)
         self.items = tuple(p for p in parts if not isinstance(p, Reserved))
         self.struct = struct.Struct("<" + "".join(p.fmt for p in parts))
+        # Where the raw item is the attribute no method is called for it: None, and the name.
+        self.converted = tuple(None if p.raw_ok else p for p in self.items)
+        self.plan = tuple((p.names[0], None) if p.raw_ok else ("", p) for p in self.items)
+        # Whole integers are range-checked together, by packing them.
+        whole = [p for p in self.items if p.raw_ok and not p.fmt.endswith("s")]
+        self.probe = struct.Struct("<" + "".join(p.fmt for p in whole))
+        self.probed = attrgetter(*[p.names[0] for p in whole]) if len(whole) > 1 else None
+        self.checked = tuple(p for p in self.items if self.probed is None or p not in whole)
 
     def read(self, data: memoryview, at: int, out: list[Any], counts: dict[str, int]) -> None:
-        for part, item in zip(self.items, self.struct.unpack_from(data, at), strict=True):
-            part.read(item, out, counts)
+        for part, item in zip(self.converted, self.struct.unpack_from(data, at), strict=True):
+            if part is None:
+                out.append(item)
+            else:
+                part.read(item, out, counts)
 
     def write(self, value: Any, counts: Mapping[str, int]) -> bytes:
-        return self.struct.pack(*[part.write(value, counts) for part in self.items])
+        return self.struct.pack(
+            *[
+                getattr(value, name) if part is None else part.write(value, counts)
+                for name, part in self.plan
+            ]
+        )
+
+    def check(self, value: Any) -> None:
+        for part in self.checked:
+            part.check(value)
+        if self.probed is not None:
+            try:
+                self.probe.pack(*self.probed(value))
+            except struct.error:
+                for part in self.items:
+                    part.check(value)
+                raise
 
     def reserved_in(self, data: memoryview, at: int) -> Iterator[int]:
         for part in self.parts:
@@ -161,12 +188,11 @@ class Layout:
 
     def check(self, value: Any) -> None:
         """Raise BadValue for the first attribute that cannot be encoded."""
-        for part in self.head.items:
-            part.check(value)
-        for variable in self.variable:
-            variable.check(value)
-        for part in self.tail.items:
-            part.check(value)
+        self.head.check(value)
+        if self.variable:
+            for variable in self.variable:
+                variable.check(value)
+            self.tail.check(value)
         for name, high in self.counted:
             if len(getattr(value, name)) > high:
                 raise BadValue(f"{name} length", f"at most {high}", len(getattr(value, name)))

@@ -48,7 +48,7 @@ FAULTS_CONSECUTIVE_MAX = 16
 protocol.
 """
 SKIPPED_BYTES_PER_FAULT = 1024
-"""Garbage of this length without a frame counts as one more fault, so that it cannot go on for ever."""
+"""Garbage of this length counts as one more fault, so that it cannot go on for ever."""
 
 FM_EID = 8
 DEVICE_EID = 9
@@ -217,7 +217,7 @@ class MctpStream:
         return found
 
     def _skip(self, size: int, found: list[MctpMessage | FramingFault]) -> None:
-        """Pass over bytes that are no frame: one fault per run, and more if the run does not end."""
+        """Pass over bytes that are no frame: one fault per run, more if the run does not end."""
         self._skipped_bytes += size
         if not self._skipping or self._skipped_bytes >= SKIPPED_BYTES_PER_FAULT:
             found.append(self._fault("bytes outside a frame"))
