@@ -1,9 +1,10 @@
-"""The one loop of every daemon: event -> step -> commit -> effects -> replies, in that order and no other.
+"""The one loop of every daemon: event -> step -> commit -> effects -> replies, in that order and no
+other.
 
-All events that wait are stepped together and share one commit (group commit). While the commit runs in the
-store's thread, new events queue up and become the next batch, so a slow disk makes batches larger rather
-than answers wrong. When a commit fails, nothing of its batch may be believed: its submitters are told
-StorageFailed and the machine is restored from the store.
+All events that wait are stepped together and share one commit (group commit). While the commit runs
+in the store's thread, new events queue up and become the next batch, so a slow disk makes batches
+larger rather than answers wrong. When a commit fails, nothing of its batch may be believed: its
+submitters are told StorageFailed and the machine is restored from the store.
 """
 
 from __future__ import annotations
@@ -79,15 +80,17 @@ class Engine:
         return loaded
 
     def post(self, event: Event) -> None:
-        """Queue an event of the system's own; never refused, because losing one would lose the truth."""
+        """Queue an event of the system's own; never refused, because losing one would lose the
+        truth.
+        """
         self._queue.append((event, None, None))
         self._wake.set()
 
     async def submit(self, event: Event, render: Render | None = None) -> Any:
         """Queue a request and wait until its answer is durable. Raises QueueFull or StorageFailed.
 
-        `render` makes the answer from the machine's reply while the machine's state is just what has
-        been committed; without it the answer is the reply itself.
+        `render` makes the answer from the machine's reply while the machine's state is just what
+        has been committed; without it the answer is the reply itself.
         """
         if len(self._queue) >= ENGINE_QUEUE_MAX:
             raise QueueFull

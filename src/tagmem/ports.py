@@ -1,7 +1,8 @@
-"""What a daemon needs from the world, as Protocols: each has a real and a fake implementation and one contract suite.
+"""What a daemon needs from the world, as Protocols: each has a real and a fake implementation and
+one contract suite.
 
-Also the vocabulary of `step`: every daemon's machine takes an event and returns a Step, and the engine
-commits its changes before any of its effects is carried out (persist, then act).
+Also the vocabulary of `step`: every daemon's machine takes an event and returns a Step, and the
+engine commits its changes before any of its effects is carried out (persist, then act).
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class Store(Protocol):
     def load(self) -> Loaded: ...
 
     def commit(self, batch: Batch) -> int:
-        """Make a batch durable; returns the last history number. Raises StorageFailed with nothing of it kept."""
+        """Make a batch durable; returns the last history number. Raises StorageFailed with nothing
+        of it kept.
+        """
         ...
 
     def history(self, after: int, limit: int) -> Sequence[HistoryEntry]: ...
@@ -151,11 +154,15 @@ class Media(Protocol):
         """Take that back. Idempotent."""
 
     def revoke(self, allocation: str, pool: int, pieces: Sequence[MediaPiece]) -> Sequence[Holding]:
-        """Make sure that nobody can touch the bytes any more; returns who still could (then nothing is proved)."""
+        """Make sure that nobody can touch the bytes any more; returns who still could (then nothing
+        is proved).
+        """
         ...
 
     def sanitise(
         self, allocation: str, pool: int, pieces: Sequence[MediaPiece]
     ) -> Mapping[str, int]:
-        """Overwrite or punch, read back, and give the bytes up. Raises OSError-derived errors when it cannot."""
+        """Overwrite or punch, read back, and give the bytes up. Raises OSError-derived errors when
+        it cannot.
+        """
         ...

@@ -1,1 +1,3 @@
-"""Vocabulary that every layer shares; standard library only, so that applications import it quickly."""
+"""Vocabulary that every layer shares; standard library only, so that applications import it
+quickly.
+"""

@@ -1,4 +1,5 @@
-"""One tree of exceptions, so that a caller can tell its own mistake from a peer's and from an unknown outcome.
+"""One tree of exceptions, so that a caller can tell its own mistake from a peer's and from an
+unknown outcome.
 
 TagmemError
 ├── LocalError            our caller asked for something that cannot be: do not retry unchanged

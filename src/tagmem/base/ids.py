@@ -23,7 +23,9 @@ _CANONICAL = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-
 
 
 def parse_tag(text: str, field: str = "tag") -> Tag:
-    """The tag written in `text`, in canonical form. Raises InvalidInput for the nil UUID and non-UUIDs."""
+    """The tag written in `text`, in canonical form. Raises InvalidInput for the nil UUID and
+    non-UUIDs.
+    """
     if _CANONICAL.fullmatch(text):
         tag = Tag(text)
     else:

@@ -14,7 +14,9 @@ CCI_OUTSTANDING_MAX = 64
 """Requests a session keeps in flight; well below the tag space so that a late answer is never taken
 for a young request's."""
 CCI_PAYLOAD_BYTES_MAX = 64 * KIB
-"""Largest CCI payload we send or accept. The field allows 1 MiB (20 bits); QEMU's mailbox has 2 KiB."""
+"""Largest CCI payload we send or accept. The field allows 1 MiB (20 bits); QEMU's mailbox has 2
+KiB.
+"""
 EXTENTS_PER_ADD_MAX = 1024
 """Extents in one prescriptive 5604h; must fit in one CCI payload (32 + 40 n bytes)."""
 EXTENTS_PER_CAPACITY_MAX = 256

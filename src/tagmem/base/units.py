@@ -1,7 +1,7 @@
 """Units of the field: bytes, addresses that never mix, nanoseconds; and how people write sizes.
 
-Sizes follow the ndctl family: `k m g t` are powers of 1024, `Ki` and `KiB` mean the same, decimal units
-(`GB`) are refused with a hint because a silent factor of 1.07 is how capacity gets lost.
+Sizes follow the ndctl family: `k m g t` are powers of 1024, `Ki` and `KiB` mean the same, decimal
+units (`GB`) are refused with a hint because a silent factor of 1.07 is how capacity gets lost.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Events in, effects out: the two closed unions of the orchestrator's machine.
 
-Events come from people (through the API), from appliances (through `links`), from hosts' agents and from the
-clock. Effects go to appliances and agents. The machine is total: each event is answered in each state.
+Events come from people (through the API), from appliances (through `links`), from hosts' agents and
+from the clock. Effects go to appliances and agents. The machine is total: each event is answered in
+each state.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class AttachCapacity(Event, frozen=True):
 
 
 class ReleaseCapacity(Event, frozen=True):
-    """Give the capacity back: from `host` only, or from all and then to the pool. A repeat may raise `up_to`."""
+    """Give the capacity back: from `host` only, or from all and then to the pool. A repeat may
+    raise `up_to`.
+    """
 
     tag: str
     host: str = ""
@@ -195,7 +198,9 @@ class HostAnswered(Event, frozen=True):
 
 
 class CapacityReturned(Event, frozen=True):
-    """Type 5 records: extents that a host has given back; the last holder's come only after sanitising."""
+    """Type 5 records: extents that a host has given back; the last holder's come only after
+    sanitising.
+    """
 
     appliance: ApplianceId
     ld: int
@@ -265,7 +270,9 @@ class InitiateRelease(Effect, frozen=True):
 
 
 class FenceHost(Effect, frozen=True):
-    """Have the appliance make sure that one host can no longer touch one tag (vendor command C003h)."""
+    """Have the appliance make sure that one host can no longer touch one tag (vendor command
+    C003h).
+    """
 
     appliance: ApplianceId
     host: HostId
@@ -285,7 +292,9 @@ class ReadAppliance(Effect, frozen=True):
 
 
 class ConnectAppliance(Effect, frozen=True):
-    """Start (or restart) the link to a newly registered appliance. Volatile: links start from the records."""
+    """Start (or restart) the link to a newly registered appliance. Volatile: links start from the
+    records.
+    """
 
     durable = False
 
@@ -294,7 +303,9 @@ class ConnectAppliance(Effect, frozen=True):
 
 
 class TellHost(Effect, frozen=True):
-    """Send the host what is wanted for one tag. Volatile: it is derived from the records at each connection."""
+    """Send the host what is wanted for one tag. Volatile: it is derived from the records at each
+    connection.
+    """
 
     durable = False
 

@@ -1,7 +1,8 @@
-"""Every answer that the system gives to a request, once: number, HTTP status, exit code, and whether to retry.
+"""Every answer that the system gives to a request, once: number, HTTP status, exit code, and
+whether to retry.
 
-Numbers are stable: clients may keep them. Names read as sentences. Where several could be given, the
-lowest number wins, so the order below is the order of the checks.
+Numbers are stable: clients may keep them. Names read as sentences. Where several could be given,
+the lowest number wins, so the order below is the order of the checks.
 """
 
 from __future__ import annotations
@@ -134,7 +135,9 @@ _FACTS: dict[Outcome, Facts] = {outcome: _facts(outcome) for outcome in Outcome}
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """The machine's answer to one request. `field`, `limit` and `value` name what was wrong, where something was."""
+    """The machine's answer to one request. `field`, `limit` and `value` name what was wrong, where
+    something was.
+    """
 
     outcome: Outcome
     subject: str = ""

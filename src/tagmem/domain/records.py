@@ -1,7 +1,7 @@
 """What the orchestrator remembers, one frozen record per thing; each is one row of the store.
 
-A record is replaced, never changed. Extents are kept in *media offsets* (the same for every host of a
-pool); a host's DPAs are derived from them at the border, because DPAs differ from host to host.
+A record is replaced, never changed. Extents are kept in *media offsets* (the same for every host of
+a pool); a host's DPAs are derived from them at the border, because DPAs differ from host to host.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class ApplianceState(Enum):
     """How far the orchestrator's picture of an appliance can be trusted."""
 
     DOUBT = "doubt"
-    """Not read since the last connection or a missing answer: nothing there may be freed or granted."""
+    """Not read since the last connection or a missing answer: nothing there may be freed or
+    granted.
+    """
     READY = "ready"
     LOST = "lost"
 
@@ -62,7 +64,9 @@ class RegionRecord(Record, frozen=True):
 
 
 class LdRecord(Record, frozen=True):
-    """How one LD addresses the pools: the DPA of each region's start, and in which order it sees them."""
+    """How one LD addresses the pools: the DPA of each region's start, and in which order it sees
+    them.
+    """
 
     ld: int
     bases: tuple[Dpa, ...]
@@ -135,7 +139,9 @@ class CapacityRecord(Record, frozen=True):
 
 
 class AttachmentState(Enum):
-    """One capacity on one host, as the orchestrator knows it. `domain/attachment.py` has the machine."""
+    """One capacity on one host, as the orchestrator knows it. `domain/attachment.py` has the
+    machine.
+    """
 
     PLANNED = "planned"
     """Committed; the add is in the outbox."""
@@ -155,7 +161,9 @@ class AttachmentState(Enum):
 
 
 class WorkloadSpec(Record, frozen=True):
-    """What to run on a tag. `{dax}`, `{tag}` and `{size}` in arguments and environment are filled in by the host."""
+    """What to run on a tag. `{dax}`, `{tag}` and `{size}` in arguments and environment are filled
+    in by the host.
+    """
 
     id: str
     command: tuple[str, ...]
@@ -165,7 +173,9 @@ class WorkloadSpec(Record, frozen=True):
 
 
 class WorkloadStatus(Record, frozen=True):
-    """What the host last said about a workload: state is `pending`, `running`, `exited` or `failed`."""
+    """What the host last said about a workload: state is `pending`, `running`, `exited` or
+    `failed`.
+    """
 
     id: str
     state: str
@@ -230,7 +240,9 @@ class AttachmentRecord(Record, frozen=True):
 
 
 class QuarantineRecord(Record, frozen=True):
-    """Something on an appliance that this orchestrator did not put there. Shown, never guessed about."""
+    """Something on an appliance that this orchestrator did not put there. Shown, never guessed
+    about.
+    """
 
     id: str
     appliance: ApplianceId

@@ -1,9 +1,10 @@
 """What the orchestrator and a host's agent say to each other: JSON messages over one WebSocket.
 
-Level-triggered: every message carries the whole wanted or observed state of one tag, stamped with the
-revision it belongs to, so a lost, repeated or late message does no harm. The agent opens with Hello; the
-orchestrator answers with one Desired per tag that concerns the host, then SyncDone; from then on either
-side sends what changes. A tag that is not named between Hello and SyncDone is not wanted on that host.
+Level-triggered: every message carries the whole wanted or observed state of one tag, stamped with
+the revision it belongs to, so a lost, repeated or late message does no harm. The agent opens with
+Hello; the orchestrator answers with one Desired per tag that concerns the host, then SyncDone; from
+then on either side sends what changes. A tag that is not named between Hello and SyncDone is not
+wanted on that host.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class Observed(Message, frozen=True):
     holders: tuple[HolderReport, ...] = ()
     workload: WorkloadReport | None = None
     proved: bool = False
-    """With phase `released`: the agent checked that nothing maps or holds the tag, then released it."""
+    """With phase `released`: the agent checked that nothing maps or holds the tag, then released
+    it.
+    """
 
 
 class Rejected(Message, frozen=True):

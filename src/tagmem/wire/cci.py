@@ -137,8 +137,8 @@ class CciMessage(WireStruct, frozen=True, gc=False):
     """CCI message, 12 bytes and the payload (CXL r3.1 7.6.3, figure 7-19).
 
     `opcode` and `return_code` are ints because a peer may send numbers that are not in the
-    enumerations.
-    The payload is bounded by CCI_PAYLOAD_BYTES_MAX, well below the 1 MiB of the length field.
+    enumerations. The payload is bounded by CCI_PAYLOAD_BYTES_MAX, well below the 1 MiB of the
+    length field.
     """
 
     category: Category

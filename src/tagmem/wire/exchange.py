@@ -2,14 +2,12 @@
 clock.
 
 A Requester matches responses to requests by the 8-bit CCI tag; a Responder decodes requests and
-turns
-malformed ones into the return code that they deserve. Neither ends because of one bad message; when
-the
-stream itself is beyond recovery a fatal Fault says so and the connection should be closed.
+turns malformed ones into the return code that they deserve. Neither ends because of one bad
+message; when the stream itself is beyond recovery a fatal Fault says so and the connection should
+be closed.
 
 What is not promised: order between requests (a device may answer as it likes), and that a request
-whose
-deadline passed had no effect.
+whose deadline passed had no effect.
 """
 
 from __future__ import annotations
@@ -46,8 +44,7 @@ class Response(msgspec.Struct, frozen=True):
     """The answer to the request that `request` returned `key` for.
 
     `body` is decoded when the return code is success; it is None otherwise, and when the payload
-    was
-    malformed, which `malformed` then explains. `raw` is the payload as it came.
+    was malformed, which `malformed` then explains. `raw` is the payload as it came.
     """
 
     key: int
@@ -78,8 +75,7 @@ class Requester:
     """The side that asks: a fabric manager, or a host at its mailbox.
 
     At most `outstanding_max` requests wait at a time. The tag of a request that timed out is kept
-    out of
-    use until its late response comes, so that it can never answer a younger request.
+    out of use until its late response comes, so that it can never answer a younger request.
     """
 
     def __init__(self, stream: MctpStream, *, outstanding_max: int = CCI_OUTSTANDING_MAX) -> None:
@@ -107,8 +103,7 @@ class Requester:
         """Queue a request; a key that names it in Response and `expire`, never used again.
 
         Raises SessionFull when too many wait; BadValue for a deadline that has passed or a payload
-        that
-        is not this opcode's.
+        that is not this opcode's.
         """
         if deadline <= now:
             raise BadValue("deadline", f"later than {now}", deadline)

@@ -2,8 +2,7 @@
 management.
 
 Source: CXL r3.1/r3.2 7.6.7.3.1 (5300h), 7.6.7.4 (54xxh), 7.6.7.5 (55xxh), 7.6.7.6.1 to .9 (5600h to
-5608h).
-"Host id" in all of them is the LD-id of the host interface.
+5608h). "Host id" in all of them is the LD-id of the host interface.
 """
 
 from __future__ import annotations
@@ -356,8 +355,7 @@ class SetDcRegionConfigurationResponse(WireStruct, frozen=True, gc=False):
     """Set DC Region Configuration response (5602h), CXL r3.1 7.6.7.6.3.
 
     The specification titles this layout request and response; QEMU sends no payload, so NoPayload
-    is
-    accepted in its place.
+    is accepted in its place.
     """
 
     region: int
@@ -417,9 +415,8 @@ class InitiateDcAddRequest(WireStruct, frozen=True):
     """Initiate Dynamic Capacity Add (5604h), CXL r3.1 7.6.7.6.5. No output payload.
 
     Prescriptive adds use `extents` (each with its own tag) and leave region, length and tag zero;
-    the
-    others have no extent list at all, though a zero count is tolerated when read.
-    Success means that the add was started, not that the host took it.
+    the others have no extent list at all, though a zero count is tolerated when read. Success means
+    that the add was started, not that the host took it.
     """
 
     host_id: int

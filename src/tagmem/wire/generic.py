@@ -141,8 +141,7 @@ class EventHeader(WireStruct, frozen=True, gc=False):
     """Common event record header, 48 bytes (CXL r3.1 8.2.9.2.1, with the LD and head ids of r3.2).
 
     `timestamp_ns` is the device's clock, since 1970. Do not filter by severity: QEMU's Dynamic
-    Capacity
-    records claim "warning", where the specification wants "informational".
+    Capacity records claim "warning", where the specification wants "informational".
     """
 
     handle: int
@@ -182,8 +181,7 @@ class DynamicCapacityRecord(WireStruct, frozen=True):
     """Dynamic Capacity event record, 128 bytes (CXL r3.1 8.2.9.2.1.6).
 
     `host_id` counts in types 4 and 5, `region` in type 3. `more`: the next record belongs to the
-    same
-    group. The available counts count only with `available_valid`.
+    same group. The available counts count only with `available_valid`.
     """
 
     header: EventHeader
@@ -238,8 +236,8 @@ class GetEventRecordsResponse(WireStruct, frozen=True):
     """Get Event Records response (0100h), CXL r3.1 8.2.9.2.2.
 
     `more_records` says that the log holds more than this response; it has nothing to do with `more`
-    in a
-    Dynamic Capacity record. QEMU sets it whenever the log is not empty: loop until no record comes.
+    in a Dynamic Capacity record. QEMU sets it whenever the log is not empty: loop until no record
+    comes.
     """
 
     records: tuple[EventRecord, ...] = ()

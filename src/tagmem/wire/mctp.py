@@ -7,12 +7,10 @@ as
     7E | revision 01 | byte count | packet, with 7E and 7D escaped | FCS high | FCS low | 7E
 
 and MCTP packets (DSP0236), which carry at most 251 bytes of a message behind a header of 4. The
-byte
-count is that of the packet before escaping. Only the packet is escaped: the count and the FCS may
-be 7E.
-The FCS is RFC 1662's 16-bit CRC over revision, count and the packet before escaping. As Linux's
-`mctp-serial` and OpenBMC's libmctp do, it starts at FFFFh, is not complemented, and travels high
-byte first.
+byte count is that of the packet before escaping. Only the packet is escaped: the count and the FCS
+may be 7E. The FCS is RFC 1662's 16-bit CRC over revision, count and the packet before escaping. As
+Linux's `mctp-serial` and OpenBMC's libmctp do, it starts at FFFFh, is not complemented, and travels
+high byte first.
 
 Garbage never raises: it yields FramingFault values, and the next frame that is whole is read again.
 """
@@ -68,8 +66,7 @@ def fcs16(data: bytes | bytearray) -> bytes:
     """The two bytes of the frame check sequence, in the order in which they travel.
 
     RFC 1662's CRC takes the lowest bit of each byte first, `crc_hqx` the highest; so the bits of
-    each
-    byte are turned round before and after, which runs at C speed.
+    each byte are turned round before and after, which runs at C speed.
     """
     return crc_hqx(data.translate(_REVERSED), 0xFFFF).to_bytes(2, "little").translate(_REVERSED)
 

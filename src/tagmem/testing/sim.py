@@ -1,0 +1,175 @@
+"""A simulated world's physics: time, network and disk, all from one seed, so that a failure can be
+run again.
+
+Nothing here knows tagmem's parts; `world.py` puts them in. Everything that happens is an entry in
+one queue ordered by simulated time and then by age, so two runs of a seed are the same run.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from tagmem.base.units import MILLISECOND, Nanoseconds
+from tagmem.ports import Batch, Effect, HistoryEntry, Loaded
+
+Action = Callable[[], None]
+
+
+class Faults(msgspec.Struct, frozen=True):
+    """How badly the world behaves: probabilities per message or per commit, 0 to 1."""
+
+    loss: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    """Chance that a message overtakes others; only on links that are not first in, first out."""
+    disconnect: float = 0.0
+    crash: float = 0.0
+    """Chance, per commit, that the process dies just before it, or just after it with no effect
+    done.
+    """
+    delay_max_ns: Nanoseconds = 2 * MILLISECOND
+
+
+CALM = Faults()
+
+
+class Simulation:
+    """Simulated time and the queue of what happens next."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.now_ns: Nanoseconds = 1_700_000_000_000_000_000
+        self.faults = CALM
+        self.transcript: list[str] = []
+        self.events_run = 0
+        self._queue: list[tuple[Nanoseconds, int, Action]] = []
+        self._sequence = 0
+
+    def now(self) -> Nanoseconds:
+        """The Clock port."""
+        return self.now_ns
+
+    def at(self, when_ns: Nanoseconds, action: Action) -> None:
+        """Run `action` at a simulated time (not before now)."""
+        self._sequence += 1
+        heapq.heappush(self._queue, (max(when_ns, self.now_ns), self._sequence, action))
+
+    def after(self, delay_ns: Nanoseconds, action: Action) -> None:
+        """Run `action` after a simulated delay."""
+        self.at(self.now_ns + delay_ns, action)
+
+    def chance(self, probability: float) -> bool:
+        """A draw; always consumes one number only when it can matter."""
+        return probability > 0 and self.random.random() < probability
+
+    def delay(self) -> Nanoseconds:
+        """How long one message takes."""
+        return self.random.randrange(10_000, max(20_000, self.faults.delay_max_ns))
+
+    def say(self, line: str) -> None:
+        """One line of the transcript."""
+        self.transcript.append(f"{(self.now_ns - 1_700_000_000_000_000_000) / 1e6:12.3f}  {line}")
+
+    def run(self, until_ns: Nanoseconds, checker: Action) -> None:
+        """Run what is due up to a time; `checker` runs after each action."""
+        while self._queue and self._queue[0][0] <= until_ns:
+            when, _, action = heapq.heappop(self._queue)
+            self.now_ns = when
+            action()
+            self.events_run += 1
+            checker()
+        self.now_ns = max(self.now_ns, until_ns)
+
+
+class Pipe:
+    """One direction of a connection. Closing it loses what is under way, as a displaced session
+    does.
+    """
+
+    def __init__(self, sim: Simulation, deliver: Callable[[Any], None], *, fifo: bool) -> None:
+        self._sim = sim
+        self._deliver = deliver
+        self._fifo = fifo
+        self._last_arrival = 0
+        self.open = True
+
+    def send(self, message: Any) -> None:
+        """Send one message; faults apply to links that are not first in, first out."""
+        if not self.open:
+            return
+        faults = self._sim.faults
+        if not self._fifo and self._sim.chance(faults.loss):
+            self._sim.say("  (lost)")
+            return
+        copies = 2 if not self._fifo and self._sim.chance(faults.duplicate) else 1
+        for _ in range(copies):
+            arrival = self._sim.now_ns + self._sim.delay()
+            if self._fifo or not self._sim.chance(faults.reorder):
+                arrival = max(arrival, self._last_arrival + 1)
+                self._last_arrival = arrival
+            self._sim.at(arrival, lambda: self._arrive(message))
+
+    def _arrive(self, message: Any) -> None:
+        if self.open:
+            self._deliver(message)
+
+    def close(self) -> None:
+        """Nothing more arrives."""
+        self.open = False
+
+
+class SimStore:
+    """A disk that keeps exactly what was committed: the Store port, in memory, surviving a crash of
+    its process.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], Any] = {}
+        self._outbox: dict[int, Effect] = {}
+        self._last_effect_id = 0
+        self._history: list[HistoryEntry] = []
+
+    def load(self) -> Loaded:
+        """What a restarted process finds."""
+        return Loaded(
+            [(kind, key, record) for (kind, key), record in self._rows.items()],
+            [self._outbox[key] for key in sorted(self._outbox)],
+            self._last_effect_id,
+        )
+
+    def commit(self, batch: Batch) -> int:
+        """All of the batch, at once."""
+        for step in batch.steps:
+            for change in step.changes:
+                if change.record is None:
+                    self._rows.pop((change.kind, change.key), None)
+                else:
+                    self._rows[change.kind, change.key] = change.record
+            for effect in step.effects:
+                if effect.durable:
+                    self._outbox[effect.id] = effect
+                    self._last_effect_id = max(self._last_effect_id, effect.id)
+            for done in step.done:
+                self._outbox.pop(done, None)
+            for note in step.notes:
+                sequence = len(self._history) + 1
+                entry = HistoryEntry(sequence, batch.at_ns, note.type, note.subject, note.data)
+                self._history.append(entry)
+        return len(self._history)
+
+    def history(self, after: int, limit: int) -> list[HistoryEntry]:
+        """Entries with a number above `after`."""
+        return self._history[after : after + limit]
+
+    def last_history(self) -> int:
+        """The newest entry's number."""
+        return len(self._history)
+
+    def close(self) -> None:
+        """Nothing to close."""
