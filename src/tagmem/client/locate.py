@@ -66,7 +66,9 @@ class Device:
 
     @property
     def has_path(self) -> bool:
-        """Whether `path` can be opened: by-DPA media and read-only tags come as a descriptor instead."""
+        """Whether `path` can be opened: by-DPA media and read-only tags come as a descriptor
+        instead.
+        """
         return os.path.exists(self.path)
 
 
@@ -91,7 +93,8 @@ def wait_for(
     sysfs: str = SYSFS,
     dev: str = DEV,
 ) -> Device:
-    """The device of a tag, once it is here. `timeout` in seconds; 0 looks once, None waits for ever.
+    """The device of a tag, once it is here. `timeout` in seconds; 0 looks once, None waits for
+    ever.
 
     Raises InvalidInput (not a tag), OfferRefused (the agent refused it, with its reason), TagAbsent
     (with what is there instead).
@@ -259,7 +262,9 @@ def _refusal(tag: Tag, run_dir: str) -> str | None:
 
 
 def _from_agent(device: Device, *, writable: bool) -> int:
-    """Ask the host agent for the descriptor that the appliance passed it: one line of JSON each way."""
+    """Ask the host agent for the descriptor that the appliance passed it: one line of JSON each
+    way.
+    """
     import json
     import socket
 

@@ -48,7 +48,8 @@ def open_tag(
     sysfs: str = SYSFS,
     dev: str = DEV,
 ) -> Capacity:
-    """Map the capacity that this host holds under `tag` (a UUID or its text), waiting for it to come.
+    """Map the capacity that this host holds under `tag` (a UUID or its text), waiting for it to
+    come.
 
     `timeout` is in seconds; 0 looks once, None waits for ever. `writable`: None takes what the
     attachment allows, False maps it read-only in any case, True insists. `run_dir` is the host
@@ -108,7 +109,9 @@ class Capacity:
 
     @property
     def path(self) -> str:
-        """The DAX device or file. May not exist where the bytes came as a descriptor; `map` is what counts."""
+        """The DAX device or file. May not exist where the bytes came as a descriptor; `map` is what
+        counts.
+        """
         return self._device.path
 
     @property
@@ -123,7 +126,9 @@ class Capacity:
 
     @property
     def address(self) -> int:
-        """Where the mapping lies in this process; a multiple of 2 MiB when the capacity is that large."""
+        """Where the mapping lies in this process; a multiple of 2 MiB when the capacity is that
+        large.
+        """
         return _address(self._map)
 
     # ---- its bytes
@@ -135,7 +140,9 @@ class Capacity:
 
     @property
     def view(self) -> memoryview:
-        """All bytes, without copying; read-only where the mapping is. `close` ends this one view itself."""
+        """All bytes, without copying; read-only where the mapping is. `close` ends this one view
+        itself.
+        """
         return self._view
 
     def __buffer__(self, flags: int) -> memoryview:
@@ -166,7 +173,9 @@ class Capacity:
         return array
 
     def arrow(self, offset: int = 0, length: int | None = None) -> pa.Buffer:
-        """`length` bytes from byte `offset` as a `pyarrow.Buffer` on the same memory (None: up to the end)."""
+        """`length` bytes from byte `offset` as a `pyarrow.Buffer` on the same memory (None: up to
+        the end).
+        """
         import pyarrow as pa
 
         if length is None:
@@ -177,7 +186,9 @@ class Capacity:
         return buffer
 
     def flush(self) -> None:
-        """Write files back (msync). Memory has nothing to write back, so on a DAX device this does nothing."""
+        """Write files back (msync). Memory has nothing to write back, so on a DAX device this does
+        nothing.
+        """
         if self._device.emulated and self._writable:
             self._map.flush()
 
@@ -228,7 +239,9 @@ class Capacity:
         return self.size - offset
 
     def _note(self, what: str, view: object) -> None:
-        """Remember a view by name, without keeping it alive, so that `close` can say who is in the way."""
+        """Remember a view by name, without keeping it alive, so that `close` can say who is in the
+        way.
+        """
         import weakref
 
         self._views = [(name, ref) for name, ref in self._views if ref() is not None]
@@ -249,7 +262,9 @@ class Capacity:
 
 
 def _map(fd: int, device: Device, *, writable: bool) -> mmap.mmap:
-    """The device's pieces as one mapping. Raises OutcomeUnknown when the media are not there any more."""
+    """The device's pieces as one mapping. Raises OutcomeUnknown when the media are not there any
+    more.
+    """
     prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     size = device.size_bytes
     try:
@@ -277,7 +292,9 @@ def _map(fd: int, device: Device, *, writable: bool) -> mmap.mmap:
 
 
 def _overlay(reserved: mmap.mmap, fd: int, pieces: tuple[tuple[int, int], ...], prot: int) -> None:
-    """Map the media over a reserved range, piece after piece. On failure the range is given up whole."""
+    """Map the media over a reserved range, piece after piece. On failure the range is given up
+    whole.
+    """
     at = _address(reserved)
     media_size = os.fstat(fd).st_size
     try:
