@@ -74,7 +74,7 @@ class Engine:
         self._observers.append(observer)
 
     def restore(self) -> Loaded:
-        """Restore the machine; returns what was loaded, whose outbox the caller hands to its links."""
+        """Restore the machine; the caller hands the outbox of what is returned to its links."""
         loaded = self._store.load()
         self.machine.restore(loaded)
         return loaded
@@ -187,7 +187,8 @@ class Engine:
         lost = [event for event, asked, _ in taken if asked is None and not isinstance(event, Tick)]
         if lost:
             raise StorageFailed(
-                f"{failure}; {len(lost)} observations could not be kept, so this process must restart and look again"
+                f"{failure}; {len(lost)} observations could not be kept, so this process must "
+                "restart and look again"
             )
 
     async def stop(self) -> None:

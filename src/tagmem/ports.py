@@ -20,7 +20,7 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Effect(msgspec.Struct, frozen=True, tag=True):
-    """Something to be done in the world after the commit. Idempotent by `id` (0 for volatile ones)."""
+    """Something to be done after the commit. Idempotent by `id` (0 for volatile ones)."""
 
     durable: ClassVar[bool] = True
     """False: derived again from the state after a restart, so it is not kept in the outbox."""
@@ -109,7 +109,7 @@ class HistoryEntry(msgspec.Struct, frozen=True):
 
 
 class Store(Protocol):
-    """Durable rows, outbox and history. `commit` is atomic and on stable storage when it returns."""
+    """Durable rows, outbox and history. `commit` is atomic, and on stable storage on return."""
 
     def load(self) -> Loaded: ...
 

@@ -54,9 +54,9 @@ EXPECT_GRACE_NS = 2 * SECOND
 
 if HISTORY_PRUNE_ROWS < ENGINE_BATCH_MAX:
     raise ValueError("history must be pruned faster than it grows")
-if CCI_OUTSTANDING_MAX * 4 > CCI_TAGS_MAX:
+if CCI_TAGS_MAX < 4 * CCI_OUTSTANDING_MAX:
     raise ValueError("a late answer could be taken for a young request's")
 if 32 + 40 * EXTENTS_PER_ADD_MAX > CCI_PAYLOAD_BYTES_MAX:
     raise ValueError("the largest prescriptive add must fit in one CCI payload")
-if EXTENTS_PER_CAPACITY_MAX > min(EXTENTS_PER_ADD_MAX, DC_EVENT_LOG_RECORDS_MAX):
+if min(EXTENTS_PER_ADD_MAX, DC_EVENT_LOG_RECORDS_MAX) < EXTENTS_PER_CAPACITY_MAX:
     raise ValueError("a capacity's extents must fit in one add and in one host's event log")

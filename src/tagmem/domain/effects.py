@@ -128,7 +128,7 @@ class ListedTag(msgspec.Struct, frozen=True):
 
 
 class ApplianceSnapshot(Event, frozen=True):
-    """The appliance's own lists, consistent with each other and with every event delivered before."""
+    """The appliance's own lists, consistent among themselves and with all events before."""
 
     appliance: ApplianceId
     held: tuple[HeldExtent, ...]
@@ -181,7 +181,7 @@ class FenceEnded(Event, frozen=True):
 
 
 class EffectUnknown(Event, frozen=True):
-    """No answer came for an effect; it stays in the outbox and is judged after the next snapshot."""
+    """No answer came for an effect; it stays in the outbox until the next snapshot tells."""
 
     effect_id: int
 

@@ -19,7 +19,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Extent(msgspec.Struct, frozen=True, order=True, array_like=True, gc=False):
-    """`length` bytes of one pool's media from `start`; both multiples of the region's block size."""
+    """`length` bytes of one pool's media from `start`; both multiples of the block size."""
 
     start: MediaOffset
     length: Bytes

@@ -1,1 +1,1 @@
-"""The simulator and its helpers: shipped, so that an integrator can run tagmem against faults of their own."""
+"""The simulator and its helpers: shipped, so that others can run tagmem on faults of their own."""
