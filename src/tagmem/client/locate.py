@@ -41,7 +41,7 @@ class OfferRefused(Conflict):
 
 
 class Device:
-    """One tag as this host has it. `pieces` are (offset, length) in the media, in sequence order."""
+    """One tag on this host. `pieces` are (offset, length) in the media, in sequence order."""
 
     __slots__ = ("align", "emulated", "path", "pieces", "read_only", "size_bytes", "tag")
 

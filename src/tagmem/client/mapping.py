@@ -72,7 +72,7 @@ def open_tag(
 
 
 class Capacity:
-    """A mapped tag; a context manager. Byte 0 is the tag's first byte on every host that holds it."""
+    """A mapped tag; a context manager. Byte 0 is the same byte on every host that holds it."""
 
     def __init__(self, device: Device, *, writable: bool) -> None:
         self._device = device
@@ -303,7 +303,7 @@ def _overlay(reserved: mmap.mmap, fd: int, pieces: tuple[tuple[int, int], ...], 
                 raise ValueError("piece beyond the end of the media")
             _libc_mmap(at, length, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, offset)
             at += length
-    except BaseException:
+    except (OSError, ValueError):
         reserved.close()
         raise
 
