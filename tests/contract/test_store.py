@@ -54,10 +54,7 @@ class Shelf:
     def _make(self) -> Store:
         if self._kind == "memory":
             return MemoryStore(KINDS, Push | Pull, retention=self._retention)
-        exclusive = self._kind == "sqlite-exclusive"
-        return SqliteStore(
-            self._path, KINDS, Push | Pull, retention=self._retention, exclusive=exclusive
-        )
+        return SqliteStore(self._path, KINDS, Push | Pull, retention=self._retention)
 
     def reopen(self) -> Store:
         self.store.close()
@@ -66,7 +63,7 @@ class Shelf:
         return self.store
 
 
-@pytest.fixture(params=["memory", "sqlite", "sqlite-exclusive"])
+@pytest.fixture(params=["memory", "sqlite"])
 def shelf(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shelf]:
     made = Shelf(request.param, tmp_path, 2_000)
     yield made

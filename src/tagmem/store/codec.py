@@ -1,7 +1,7 @@
-"""Batches to rows and back: what every store does alike, so that the fake cannot drift from the real one.
+"""Batches to rows and back: what every store does alike, so that the fake cannot drift.
 
-Within one batch only the last change of a row is written, and an effect that was both ordered and done
-leaves no trace but its number.
+Within one batch only the last change of a row is written, and an effect that was both ordered and
+done leaves no trace but its number.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Codec:
         self._encode = msgspec.json.Encoder().encode
 
     def rows(self, batch: Batch) -> Rows:
-        """Encode a batch. Raises TypeError for a kind or durable effect that this store was not made for."""
+        """Encode a batch. Raises TypeError for kinds or effects that it was not made for."""
         records: dict[tuple[str, str], msgspec.Struct | None] = {}
         ordered: dict[int, Effect] = {}
         done: list[tuple[int]] = []
@@ -61,11 +61,8 @@ class Codec:
                     self._check_effect(effect)
                     ordered[effect.id] = effect
                     last_effect_id = max(last_effect_id, effect.id)
-            for effect_id in step.done:
-                if ordered.pop(effect_id, None) is None:
-                    done.append((effect_id,))
-            for note in step.notes:
-                notes.append((note.type, note.subject, encode(note.data).decode()))
+            done += [(done_id,) for done_id in step.done if ordered.pop(done_id, None) is None]
+            notes += [(n.type, n.subject, encode(n.data).decode()) for n in step.notes]
         puts: list[tuple[str, str, str]] = []
         deletes: list[tuple[str, str]] = []
         for (kind, key), record in records.items():
@@ -80,11 +77,9 @@ class Codec:
 
     def _check_effect(self, effect: Effect) -> None:
         if type(effect) not in self._effect_types:
-            raise TypeError(
-                f"effect {type(effect).__name__} is durable, but its store cannot read it"
-            )
+            raise TypeError(f"{type(effect).__name__} is durable, but its store cannot read it")
         if effect.id <= 0:
-            raise TypeError(f"effect {type(effect).__name__} is durable and has no id")
+            raise TypeError(f"{type(effect).__name__} is durable and has no id")
 
     def records(self, rows: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, Any]]:
         """Decode (kind, key, doc) rows. Raises StorageFailed that names the row."""

@@ -1,7 +1,7 @@
-"""The store that forgets when its process ends: the contract's second implementation, for simulation and tests.
+"""The store that forgets when its process ends: for simulation and tests, under the same contract.
 
-Rows are kept encoded, so what cannot be written or read back fails here as it would in a file. `refusal`
-makes it fail as a full disk does.
+Rows are kept encoded, so what cannot be written or read back fails here as it would in a file.
+`refusal` makes it fail as a full disk does.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The durable store: one SQLite file in WAL mode, synchronous=FULL, one writer.
 
-A commit is one transaction and one fsync. A refused commit leaves the file as it was; only when the fsync
-itself failed and the machine then goes down before the next commit may a reader find all of it, never a part.
+A commit is one transaction and one fsync. A refused commit leaves the file as it was. One
+exception: when the fsync itself failed and the process ends before its next commit, all of the refused commit
+may be found afterwards; never a part.
 
-Each opening takes the next writer epoch, and each commit checks that its epoch is still the latest. So two
-processes that got hold of one file cannot both write to it, even if they evaded the state directory's lock.
+Each opening takes the next writer epoch, and each commit checks that its epoch is still the latest.
+So two processes that have one file open cannot both write to it, even if they evaded the state
+directory's lock.
 
 People may read the file with the sqlite3 shell while a daemon runs: each kind of record is a view.
 """
@@ -26,7 +28,9 @@ from tagmem.ports import Batch, HistoryEntry, Loaded
 from tagmem.store.codec import Codec, Rows, prune_before
 
 _HERE = Path(__file__).parent
-_BUSY_MS = 250
+_BUSY_MS = 100
+CHECKPOINT_PAGES = 2_000
+"""Pages (4 KiB) that the log may have before a commit folds it into the file."""
 _CAUSES: tuple[tuple[type[apsw.Error], str], ...] = (
     (apsw.FullError, "the file system is full"),
     (apsw.ReadOnlyError, "it is read-only"),
@@ -59,11 +63,10 @@ def migrations() -> list[tuple[int, str]]:
 class SqliteStore:
     """A `Store` in the file `path`, which is made if there is none.
 
-    `kinds` are the daemon's record types by kind, `effects` the union of its durable effects. With `exclusive`
-    the file is opened by this process alone, without shared memory, and history is read between commits.
-
-    `commit` may run in another thread than the rest. Opening raises Conflict when another process has the
-    file locked, Unsupported when a newer tagmem wrote it, StorageFailed when it cannot be read or written.
+    `kinds` are the daemon's record types by kind, `effects` the union of its durable effects.
+    `commit` may run in another thread than the rest. Opening raises Conflict when another process
+    has the file locked, Unsupported when a newer tagmem wrote it, StorageFailed when it cannot be
+    read or written.
     """
 
     def __init__(
@@ -73,24 +76,27 @@ class SqliteStore:
         effects: Any = None,
         *,
         retention: int = HISTORY_RETENTION,
+        checkpoint_pages: int = CHECKPOINT_PAGES,
         vfs: str | None = None,
-        exclusive: bool = False,
     ) -> None:
         self.path = Path(path)
         self._codec = Codec(kinds, effects)
         self._retention = retention
         self._vfs = vfs
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
+        self._log_pages = 0
+        self._checkpoint_pages = checkpoint_pages
         self._queries = named_queries((_HERE / "queries.sql").read_text("utf-8"))
         self._writer: apsw.Connection | None = None
         self._reader: apsw.Connection | None = None
         try:
-            self._writer = self._connect(exclusive=exclusive)
+            self._writer = self._connect()
             self._migrate(self._writer)
             self._epoch = self._take_epoch(self._writer)
             self._last_effect_id = self._meta(self._writer, "last_effect_id")
             self._oldest, self._last = self._span(self._writer)
-            self._reader = self._writer if exclusive else self._connect(read=True)
+            self._reader = self._connect(read=True)
         except BaseException as error:
             self.close()
             if isinstance(error, apsw.BusyError | apsw.LockedError):
@@ -101,21 +107,26 @@ class SqliteStore:
 
     # ---- opening
 
-    def _connect(self, *, exclusive: bool = False, read: bool = False) -> apsw.Connection:
+    def _connect(self, *, read: bool = False) -> apsw.Connection:
         flags = apsw.SQLITE_OPEN_READONLY if read else apsw.SQLITE_OPEN_READWRITE
         if not read:
             flags |= apsw.SQLITE_OPEN_CREATE
         connection = apsw.Connection(str(self.path), flags=flags, vfs=self._vfs)
         connection.set_busy_timeout(_BUSY_MS)
-        if exclusive:
-            connection.pragma("locking_mode", "EXCLUSIVE")
         if not read:
             mode = connection.pragma("journal_mode", "WAL")
             if mode != "wal":
                 connection.close()
                 raise StorageFailed(f"{self.path}: write-ahead logging is not possible there")
             connection.pragma("synchronous", "FULL")
+            # Folding the log in is done apart from the commit: its failure must not look like one.
+            connection.pragma("wal_autocheckpoint", 0)
+            connection.set_wal_hook(self._note_log_pages)
         return connection
+
+    def _note_log_pages(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
+        self._log_pages = pages
+        return apsw.SQLITE_OK
 
     def _migrate(self, writer: apsw.Connection) -> None:
         known = migrations()
@@ -149,9 +160,9 @@ class SqliteStore:
                 for field in msgspec.structs.fields(record)
                 if field.encode_name != "key"
             )
-            view = (
-                f"CREATE VIEW \"{kind}\" AS SELECT key{columns} FROM record WHERE kind = '{kind}'"  # noqa: S608 - names are our own types'
-            )
+            # The names are those of our own types, never input.
+            rows = f"SELECT key{columns} FROM record WHERE kind = '{kind}'"  # noqa: S608
+            view = f'CREATE VIEW "{kind}" AS {rows}'
             if present.get(kind) == view:
                 continue
             writer.execute(f'DROP VIEW IF EXISTS "{kind}"')
@@ -159,17 +170,19 @@ class SqliteStore:
 
     def _take_epoch(self, writer: apsw.Connection) -> int:
         with writer:
-            writer.execute("UPDATE meta SET value = value + 1 WHERE name = 'writer_epoch'")
-            return self._meta(writer, "writer_epoch")
+            epoch = self._meta(writer, "writer_epoch") + 1
+            writer.execute(self._queries["set_meta"], (epoch, "writer_epoch"))
+        return epoch
 
     def _meta(self, connection: apsw.Connection, name: str) -> int:
-        value: int | None = connection.execute(self._queries["get_meta"], (name,)).get
+        value: Any = connection.execute(self._queries["get_meta"], (name,)).get
         if value is None:
             raise StorageFailed(f"{self.path}: its meta table has no {name}")
-        return value
+        return int(value)
 
     def _span(self, connection: apsw.Connection) -> tuple[int, int]:
-        oldest, last = connection.execute(self._queries["history_span"]).get or (None, None)
+        span: Any = connection.execute(self._queries["history_span"]).get
+        oldest, last = span
         return (1, 0) if last is None else (oldest, last)
 
     # ---- the contract
@@ -188,7 +201,7 @@ class SqliteStore:
             return Loaded(records, outbox, last)
 
     def commit(self, batch: Batch) -> int:
-        """Make a batch durable, or raise StorageFailed (Conflict when a later writer has the file)."""
+        """Make a batch durable, or raise StorageFailed with nothing of it kept."""
         rows = self._codec.rows(batch)
         with self._lock:
             writer = self._open()
@@ -207,6 +220,10 @@ class SqliteStore:
             self._last = last
             self._oldest = max(self._oldest, upto + 1)
             self._last_effect_id = max(self._last_effect_id, rows.last_effect_id)
+            if self._log_pages >= self._checkpoint_pages:
+                # Everything is in the log still; if this goes on failing, so will the commits.
+                with suppress(apsw.Error):
+                    writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             return last
 
     def _write(self, writer: apsw.Connection, rows: Rows, at_ns: int, upto: int) -> None:
@@ -232,32 +249,31 @@ class SqliteStore:
         epoch = self._meta(writer, "writer_epoch")
         if epoch != self._epoch:
             raise StorageFailed(
-                f"{self.path}: another process has become its writer (epoch {epoch}, ours {self._epoch})"
+                f"{self.path}: another process writes to it (epoch {epoch}, ours {self._epoch})"
             )
 
     def _roll_back(self, writer: apsw.Connection) -> None:
         if writer.in_transaction:
-            # After some I/O errors SQLite has rolled back by itself, or the roll-back reports the error again.
+            # After some errors SQLite has rolled back by itself, or reports the same error again.
             with suppress(apsw.Error):
                 writer.execute("ROLLBACK")
 
     def history(self, after: int, limit: int) -> Sequence[HistoryEntry]:
-        """Up to `limit` entries with numbers above `after`, oldest first. Never waits for a commit, unless exclusive."""
+        """Up to `limit` entries with numbers above `after`, oldest first. Waits for no commit."""
         reader = self._reader
         if reader is None:
             raise StorageFailed(f"{self.path}: is closed")
         try:
-            if reader is self._writer:
-                with self._lock:
-                    rows = reader.execute(self._queries["history_after"], (after, limit)).fetchall()
-            else:
-                rows = reader.execute(self._queries["history_after"], (after, limit)).fetchall()
+            with self._reading:
+                rows: list[Any] = reader.execute(
+                    self._queries["history_after"], (after, limit)
+                ).fetchall()
         except apsw.Error as error:
             raise self._failure("cannot be read", error) from error
         data = self._codec.data
         return [
-            HistoryEntry(seq, at_ns, type_, about, data(doc))
-            for seq, at_ns, type_, about, doc in rows
+            HistoryEntry(seq, at_ns, type_, subject, data(doc))
+            for seq, at_ns, type_, subject, doc in rows
         ]
 
     def last_history(self) -> int:
@@ -265,7 +281,7 @@ class SqliteStore:
         return self._last
 
     def close(self) -> None:
-        """Give the file up; the last to close it folds the log into it. A second close does nothing."""
+        """Give the file up; the log is folded into it. A second close does nothing."""
         with self._lock:
             reader, self._reader = self._reader, None
             writer, self._writer = self._writer, None
