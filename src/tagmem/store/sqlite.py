@@ -1,8 +1,8 @@
 """The durable store: one SQLite file in WAL mode, synchronous=FULL, one writer.
 
 A commit is one transaction and one fsync. A refused commit leaves the file as it was. One
-exception: when the fsync itself failed and the process ends before its next commit, all of the refused commit
-may be found afterwards; never a part.
+exception: when the fsync itself failed and the process ends before its next commit, all of the
+refused commit may be found afterwards; never a part.
 
 Each opening takes the next writer epoch, and each commit checks that its epoch is still the latest.
 So two processes that have one file open cannot both write to it, even if they evaded the state

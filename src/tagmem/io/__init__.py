@@ -1,0 +1,3 @@
+"""Adapters to the operating system: what they hide is errno, descriptors and the clock."""
+clock.
+"""
