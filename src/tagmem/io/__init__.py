@@ -1,3 +1,1 @@
 """Adapters to the operating system: what they hide is errno, descriptors and the clock."""
-clock.
-"""

@@ -66,7 +66,7 @@ class StateDirectory:
         return InvalidInput(field, limit, str(self.path))
 
     def release(self) -> None:
-        """Let another process have it. The lock file stays: its removal would race with the next."""
+        """Let another process have it. The lock file stays: removing it races with the next."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
