@@ -18,7 +18,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 
@@ -189,9 +189,8 @@ class Client:
         query = {"up_to": up_to} if up_to else {}
         query.update({f"{rung}_seconds": f"{s:g}" for rung, s in (deadlines or {}).items()})
         headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
-        return self._call(
-            "DELETE", path, rest.CapacityDocument | None, query=query, headers=headers
-        )
+        data = self._request("DELETE", path, query=query, headers=headers)
+        return _decode(data, rest.CapacityDocument, self.url) if data else None
 
     def launch(self, tag: str, host: str, request: rest.WorkloadRequest) -> rest.CapacityDocument:
         """Have `host` run a command on the tag."""
@@ -366,12 +365,23 @@ class Client:
         self,
         method: str,
         path: str,
-        kind: Any,
+        kind: type[T],
+        body: rest.Body | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+    ) -> T:
+        return _decode(self._request(method, path, body, query=query), kind, self.url)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
         body: rest.Body | None = None,
         *,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Any:
+    ) -> bytes:
+        """The body of a successful answer. Raises ApiError for any other."""
         target = path + ("?" + urllib.parse.urlencode(query) if query else "")
         content = b"" if body is None else msgspec.json.encode(body)
         sent = {"Accept": "application/json, application/problem+json", **(headers or {})}
@@ -383,7 +393,7 @@ class Client:
             attempt += 1
             status, data = self._exchange(method, target, content, sent)
             if status < 400:
-                return _decode(data, kind, self.url)
+                return data
             problem = _problem(status, data)
             pause = _BACKOFF_SECONDS * 2**attempt * (0.5 + random.random())
             # 507 is transient too, but room comes when somebody gives memory back, not in seconds.
@@ -413,7 +423,7 @@ class Client:
                 data = response.read(_BODY_BYTES_MAX)
             except (OSError, http.client.HTTPException) as error:
                 self.close()
-                # A kept connection may have been closed since: that costs no attempt worth counting.
+                # A kept connection may have been closed since; what we send may be repeated.
                 if attempt == _ATTEMPTS_MAX or isinstance(error, TimeoutError):
                     raise OutcomeUnknown(
                         f"{self.url}: no answer to {method} {target}: {_why(error)}; "
@@ -450,7 +460,8 @@ class _Connection(http.client.HTTPConnection):
 
 def concerns(event: rest.EventDocument, subjects: frozenset[str]) -> bool:
     """Whether an event is about one of these tags, hosts or appliances."""
-    return event.subject.partition("/")[0] in subjects or event.data.get("tag") in subjects
+    first = event.subject.partition("/")[0]
+    return first in subjects or event.data.get("tag") in subjects
 
 
 def _parse_url(url: str) -> str | tuple[str, int]:
@@ -472,9 +483,9 @@ def _path(*parts: str) -> str:
     return "/v1/" + "/".join(urllib.parse.quote(part, safe="") for part in parts)
 
 
-def _decode(data: bytes, kind: Any, url: str) -> Any:
+def _decode(data: bytes, kind: type[T], url: str) -> T:
     try:
-        return msgspec.json.decode(data or b"null", type=kind)
+        return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:
         raise RemoteError(url, 0, f"an answer that is no API v1 document: {error}") from None
 
