@@ -61,6 +61,8 @@ class Opcode(IntEnum):
     DC_LIST_TAGS = 0x5608
     GET_EXTENT_MEDIA = 0xC000
     GET_SANITISE_RECORD = 0xC001
+    GET_POOL_MAP = 0xC002
+    FENCE = 0xC003
 
 
 class ReturnCode(IntEnum):

@@ -169,6 +169,13 @@ _TABLE = (
         vendor.GetSanitiseRecordResponse,
         message_type=_FM,
     ),
+    Command(
+        Opcode.GET_POOL_MAP,
+        vendor.GetPoolMapRequest,
+        vendor.GetPoolMapResponse,
+        message_type=_FM,
+    ),
+    Command(Opcode.FENCE, vendor.FenceRequest, NoPayload, Effect.CONFIGURATION_IMMEDIATE, _FM),
 )
 
 COMMANDS: dict[int, Command] = {int(command.opcode): command for command in _TABLE}

@@ -5,13 +5,30 @@ descriptor of the medium travels beside the response. Only for accepted tags, el
 
 C001h Get Sanitise Record, fabric-manager port: how far the sanitising of a released tag's media is,
 and what its read-back found.
+
+C002h Get Pool Map, fabric-manager port: which pool of media each region of an LD is a window on,
+and in which order its DPAs run over it. Unsupported is taken as: in order, and region n on pool n.
+
+C003h Fence, fabric-manager port: see to it that one host can no longer touch some capacity. Success
+only when nothing on that host can; Busy while a holder remains.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
 
-from tagmem.wire.fields import array, bits, count, flag, raw, reserved, u8, u64
+from tagmem.wire.fields import (
+    array,
+    bits,
+    count,
+    flag,
+    raw,
+    repeat,
+    reserved,
+    u8,
+    u16,
+    u64,
+)
 from tagmem.wire.layout import WireStruct, wire
 
 
@@ -97,3 +114,51 @@ class GetSanitiseRecordResponse(WireStruct, frozen=True, gc=False):
     sanitised_bytes: int = 0
     read_back_bytes: int = 0
     finished_at_ns: int = 0
+
+
+class PoolOrder(IntEnum):
+    """How a region's DPAs run over its pool."""
+
+    IDENTITY = 0
+    MIRRORED = 1
+    """DPA = region base + region size - media offset - length."""
+
+
+@wire(u16(0x00, "ld"), reserved(0x02, 2), size=4)
+class GetPoolMapRequest(WireStruct, frozen=True, gc=False):
+    """Get Pool Map (C002h, tagmem)."""
+
+    ld: int
+
+
+@wire(
+    u8(0x00, "order", PoolOrder),
+    u8(0x01, "region_count", high=8),
+    reserved(0x02, 6),
+    repeat(0x08, "pools", 1, 8),
+    size=16,
+)
+class GetPoolMapResponse(WireStruct, frozen=True):
+    """Get Pool Map response (C002h, tagmem): of `pools`, the first `region_count` count."""
+
+    order: PoolOrder
+    region_count: int
+    pools: tuple[int, ...]
+
+
+@wire(
+    u16(0x00, "ld"),
+    reserved(0x02, 6),
+    raw(0x08, "tag", 16),
+    u64(0x18, "start_dpa"),
+    u64(0x20, "length_bytes"),
+    reserved(0x28, 16),
+    size=56,
+)
+class FenceRequest(WireStruct, frozen=True, gc=False):
+    """Fence (C003h, tagmem). Start and length name untagged capacity, and are zero for a tag."""
+
+    ld: int
+    tag: bytes
+    start_dpa: int = 0
+    length_bytes: int = 0
