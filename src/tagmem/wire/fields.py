@@ -469,7 +469,13 @@ class _Choice:
 
     def read_all(self, data: memoryview) -> tuple[Any, ...]:
         parts = (data[at : at + self.size] for at in range(0, len(data), self.size))
-        return tuple(self._kind(part).decode(part) for part in parts)
+        return tuple(self._read(part) for part in parts)
+
+    def _read(self, data: memoryview) -> WireStruct:
+        try:
+            return self._kind(data).decode(data)
+        except BadValue:
+            return self.other.decode(data)
 
     def reserved_in(self, data: memoryview) -> Sequence[int]:
         return self._kind(data).LAYOUT.reserved_nonzero(data)
@@ -478,8 +484,9 @@ class _Choice:
 def choice(
     key_size: int, kinds: Mapping[bytes, type[WireStruct]], other: type[WireStruct]
 ) -> Element:
-    """Elements of one size, told apart by their first `key_size` bytes; `other` takes what is
-    unknown.
+    """Elements of one size, told apart by their first `key_size` bytes.
+
+    `other` takes those of an unknown kind, and those with values that their own kind refuses.
     """
     return _Choice(key_size, kinds, other)
 

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from tagmem.wire.extent import WireExtent
 from tagmem.wire.fields import (
+    BadValue,
     array,
     bit,
     bits,
@@ -194,6 +195,12 @@ class DynamicCapacityRecord(WireStruct, frozen=True):
     extents_available: int = 0
     tags_available: int = 0
 
+    def __post_init__(self) -> None:
+        self.LAYOUT.check(self)
+        if self.header.identifier != DYNAMIC_CAPACITY_UUID:
+            limit = f"{DYNAMIC_CAPACITY_UUID.hex()}, a Dynamic Capacity record's"
+            raise BadValue("header", limit, self.header.identifier.hex())
+
 
 @wire(
     nested(0x00, "header", EventHeader),
@@ -201,7 +208,10 @@ class DynamicCapacityRecord(WireStruct, frozen=True):
     size=128,
 )
 class OtherEventRecord(WireStruct, frozen=True):
-    """An event record of a kind that tagmem does not read, 128 bytes (CXL r3.1 8.2.9.2.1)."""
+    """An event record that tagmem does not read, 128 bytes (CXL r3.1 8.2.9.2.1).
+
+    Also a Dynamic Capacity record with values that r3.1 does not have: it must not hide the others.
+    """
 
     header: EventHeader
     data: bytes

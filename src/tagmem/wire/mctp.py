@@ -215,11 +215,14 @@ class MctpStream:
 
     def _skip(self, size: int, found: list[MctpMessage | FramingFault]) -> None:
         """Pass over bytes that are no frame: one fault per run, more if the run does not end."""
-        self._skipped_bytes += size
-        if not self._skipping or self._skipped_bytes >= SKIPPED_BYTES_PER_FAULT:
-            found.append(self._fault("bytes outside a frame"))
+        if not self._skipping:
             self._skipping = True
             self._skipped_bytes = 0
+            found.append(self._fault("bytes outside a frame"))
+        self._skipped_bytes += size
+        while self._skipped_bytes >= SKIPPED_BYTES_PER_FAULT and not self.broken:
+            self._skipped_bytes -= SKIPPED_BYTES_PER_FAULT
+            found.append(self._fault("bytes outside a frame"))
 
     def _fault(self, reason: str) -> FramingFault:
         self.faults += 1
