@@ -96,7 +96,7 @@ def test_arrays_of_variable_structures_are_refused() -> None:
         (lambda: WireExtent("0", 0), "start_dpa", "0"),  # type: ignore[arg-type]  # on purpose
         (lambda: EventNotification(65_536), "events", 65_536),
         (lambda: EventHeader(handle=65_536), "handle", 65_536),
-        (lambda: EventHeader(1, permanent=2), "permanent", 2),  # type: ignore[arg-type]  # on purpose
+        (lambda: EventHeader(1, permanent=2), "permanent", 2),  # type: ignore[arg-type]  # wrong
         (lambda: GetEventRecordsRequest(9), "log", 9),  # type: ignore[arg-type]  # on purpose
         (lambda: GetLdAllocationsRequest(0, 0), "lds_max", 0),
         (lambda: DcRegion(0, MIB_256 + 1, 0, 64), "decode_length_bytes", MIB_256 + 1),
