@@ -82,6 +82,9 @@ class Desired(Message, frozen=True):
     deadlines_ns: dict[str, int] = {}
     kill_holders: bool = False
     """The restart rung on an emulated host: end every process that still holds the tag."""
+    shared: bool = False
+    """Other hosts have the tag too. On emulated hosts their processes map the same file, and must
+    not be taken for this host's."""
 
 
 class SyncDone(Message, frozen=True):
