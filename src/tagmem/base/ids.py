@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from typing import NewType
-from uuid import UUID
 
 from tagmem.base.errors import InvalidInput
 
@@ -29,6 +28,8 @@ def parse_tag(text: str, field: str = "tag") -> Tag:
     if _CANONICAL.fullmatch(text):
         tag = Tag(text)
     else:
+        from uuid import UUID  # rarely needed, and slow to load for an application's first open
+
         try:
             tag = Tag(str(UUID(text)))
         except (ValueError, AttributeError):
