@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING
 
 import click
@@ -95,7 +94,7 @@ def create(
     from tagmem.base.ids import parse_tag
     from tagmem.cli.progress import Progress, pending, ready
 
-    named = parse_tag(tag) if tag else str(uuid.uuid4())
+    named = parse_tag(tag) if tag else new_tag()
     request = request_for(size, host, share, untagged, owner, appliance, region, scatter)
     with settings.client() as client:
         if not wait or not request.hosts:
@@ -114,6 +113,13 @@ def create(
             or progress.until(look, lambda: f"not ready in {timeout:g} s: {pending(document)}"),
             settings,
         )
+
+
+def new_tag() -> str:
+    """A tag that nobody has."""
+    import uuid
+
+    return str(uuid.uuid4())
 
 
 def request_for(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import uuid
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -184,6 +183,8 @@ def _launch(
     timeout: float,
 ) -> WorkloadDocument:
     """Start it, and wait until it runs or has ended."""
+    import uuid
+
     from tagmem.wire.rest import WorkloadRequest
 
     name = f"run-{uuid.uuid4().hex[:12]}"

@@ -12,11 +12,9 @@ outcome is unknown, and says so.
 from __future__ import annotations
 
 import http.client
-import random
 import socket
 import time
 import urllib.parse
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Self, TypeVar
 
@@ -162,7 +160,11 @@ class Client:
         self, request: rest.CapacityRequest, tag: str | None = None
     ) -> rest.CapacityDocument:
         """Create a capacity under `tag` (None: a new one). The same request again is harmless."""
-        path = _path("capacities", tag or str(uuid.uuid4()))
+        if tag is None:
+            import uuid
+
+            tag = str(uuid.uuid4())
+        path = _path("capacities", tag)
         return self._call("PUT", path, rest.CapacityDocument, request)
 
     def attach(self, tag: str, host: str) -> rest.CapacityDocument:
@@ -395,7 +397,8 @@ class Client:
             if status < 400:
                 return data
             problem = _problem(status, data)
-            pause = _BACKOFF_SECONDS * 2**attempt * (0.5 + random.random())
+            jitter = 0.5 + time.monotonic_ns() % 1000 / 1000
+            pause = _BACKOFF_SECONDS * 2**attempt * jitter
             # 507 is transient too, but room comes when somebody gives memory back, not in seconds.
             again = problem.transient and status == 503
             if not again or time.monotonic() + pause > patient_until:
