@@ -87,6 +87,10 @@ class Group(click.Group):
         except TagmemError as error:
             report(ctx, error)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As they were added: in the order in which a newcomer meets them."""
+        return list(self.commands)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

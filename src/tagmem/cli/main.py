@@ -25,17 +25,9 @@ _EPILOG = "\b\nExit codes (stable):\n" + "\n".join(
 )
 
 
-class Root(Group):
-    """`tagmem` itself: its commands in the order in which a newcomer meets them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """As they were added."""
-        return list(self.commands)
-
-
 @click.group(
     "tagmem",
-    cls=Root,
+    cls=Group,
     epilog=_EPILOG,
     example="tagmem capacity create --size 2GiB --host w1",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -22,15 +22,15 @@ _HEAD = """\
 commands' own help (`python -m tagmem.cli.reference`).
 
 **Output.** Results go to stdout: tables on a terminal, JSON when piped; `-o table`, `-o wide` and
-`-o json` choose. In JSON sizes are integers of bytes; lists are arrays of objects, a single thing is
+`-o json` choose. In JSON sizes are integers of bytes; lists are arrays of objects, one thing is
 an object. `--human` writes sizes as `256.00 MiB (268.44 MB)`, addresses in hex and times as dates.
 Progress goes to stderr, a line per step; `-q` leaves it out. `NO_COLOR` is honoured.
 
 **Sizes.** `4096`, `0x1000`, `64M`, `64Mi` and `64MiB`: all are powers of 1024. `64MB` is refused,
 because it would mean powers of 1000.
 
-**Where the orchestrator is.** `--url`, else `TAGMEM_URL`, else what `tagmem up` wrote to `url` in its
-state folder (`--state-dir`, `TAGMEM_STATE_DIR`, `~/.local/state/tagmem`).
+**Where the orchestrator is.** `--url`, else `TAGMEM_URL`, else what `tagmem up` left in `url` of
+its state folder (`--state-dir`, `TAGMEM_STATE_DIR`, `~/.local/state/tagmem`).
 
 **Errors** are one line on stderr that names the field, the limit and the value. With `-o json` the
 problem document (RFC 9457) goes to stdout as well, with `exit_code` in it.
