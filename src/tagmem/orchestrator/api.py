@@ -82,7 +82,9 @@ class Api:
         *,
         version: str,
         started_ns: Nanoseconds,
+        deadlines_ns: Mapping[str, Nanoseconds],
     ) -> None:
+        """`deadlines_ns` are those of a release's rungs, where the request gives none."""
         self._engine = engine
         self._view = view
         self._sessions = sessions
@@ -91,6 +93,7 @@ class Api:
         self._metrics = metrics
         self._version = version
         self._started_ns = started_ns
+        self._deadlines_ns = deadlines_ns
 
     # ---- capacities
 
@@ -208,7 +211,7 @@ class Api:
 
     async def release_capacity(self, request: Request) -> Response:
         tag = request.tag()
-        event = release_event(request, tag, "")
+        event = release_event(request, tag, "", self._deadlines_ns)
 
         def judge() -> Response | None:
             held = self._view.capacities.get(tag)
@@ -232,7 +235,7 @@ class Api:
 
     async def release_attachment(self, request: Request) -> Response:
         tag, host = request.tag(), request.name(1, "host")
-        event = release_event(request, tag, host)
+        event = release_event(request, tag, host, self._deadlines_ns)
 
         def judge() -> Response | None:
             held = self._view.capacities.get(tag)
@@ -307,6 +310,9 @@ class Api:
                 raise Refused(reply)
             about = subject(reply) if subject else tag
             held = self._view.capacities.get(about)
+            if held is None and request.scope["method"] != "DELETE":
+                detail = f"capacity {about} has been released since"
+                raise Refused(Reply(Outcome.TAG_IS_UNKNOWN, about, detail))
             first = (
                 Response(204)
                 if held is None

@@ -297,7 +297,7 @@ def _map_state(
 
 
 def _whole(taken: list[MapPiece], size_bytes: int) -> Iterator[MapPiece]:
-    """The pieces in order with what is free between them; of an overlap the first piece is shown."""
+    """The pieces in order, free ones between them; of two that overlap the first is shown."""
     at = 0
     for piece in sorted(taken, key=lambda each: each.start):
         end = piece.start + piece.length

@@ -39,10 +39,12 @@ def create_event(tag: Tag, wanted: rest.CapacityRequest, key: str) -> CreateCapa
     )
 
 
-def release_event(request: Request, tag: Tag, host: str) -> ReleaseCapacity:
+def release_event(
+    request: Request, tag: Tag, host: str, defaults: Mapping[str, Nanoseconds]
+) -> ReleaseCapacity:
     """What a DELETE asks. Raises Refused for an unknown rung, deadline or revision."""
     query = request.query(*(each.name for each in RELEASE_QUERY))
-    deadlines: dict[str, int] = {}
+    deadlines = dict(defaults)
     for rung in RUNGS:
         text = query.get(f"{rung}_seconds")
         if text is not None:

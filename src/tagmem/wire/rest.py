@@ -35,7 +35,7 @@ class CapacityRequest(Body, frozen=True):
     hosts: Annotated[tuple[Name, ...], Meta(max_length=HOSTS_PER_APPLIANCE_MAX)] = ()
     tagged: bool = True
     sharing: SharingName = "none"
-    owner: Annotated[str, Meta(max_length=253)] = ""
+    owner: Annotated[str, Meta(max_length=256)] = ""
     appliance: Name = ""
     region: Annotated[int, Meta(ge=0, le=255)] | None = None
     contiguous: bool = True
