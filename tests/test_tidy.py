@@ -30,7 +30,7 @@ LONG_MODULES: dict[str, int] = {}
 TASK_BOUNDARIES: dict[str, str] = {}
 
 # The console: what writes to a terminal does so here.
-MAY_PRINT = ("src/tagmem/cli/render.py", "src/tagmem/cli/console.py")
+MAY_PRINT = ("src/tagmem/cli/render.py", "src/tagmem/demo/console.py")
 
 # Waiting for a real process is polling against a deadline; each kind of test has one place for it.
 MAY_SLEEP = ("tests/system/waiting.py", "tests/vm/waiting.py")

@@ -1,0 +1,1 @@
+"""`tagmem up`, `tagmem down` and `tagmem demo`: all of tagmem on one machine, to be seen."""

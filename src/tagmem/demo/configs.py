@@ -1,0 +1,89 @@
+"""The configuration files of the demo's system, as text with comments: they are there to be edited.
+
+Everything is written out that a reader might want to change; what is left out has its default.
+"""
+
+from __future__ import annotations
+
+import socket
+import tomllib
+from pathlib import Path
+
+from tagmem.base.errors import InvalidInput
+from tagmem.demo.layout import APPLIANCE, HOSTS, ORCHESTRATOR, Layout
+
+PORT = 7070
+"""Where the API listens if nobody else does."""
+
+
+def config_texts(layout: Layout, *, tcp: bool) -> dict[Path, str]:
+    """The text of each daemon's file. `tcp`: the API also listens on a port of this machine."""
+    listen = f'"http://127.0.0.1:{_free_port(PORT)}"' if tcp else "[]"
+    return {
+        layout.config(APPLIANCE): _appliance(layout),
+        layout.config(ORCHESTRATOR): _orchestrator(layout, listen),
+    } | {layout.config(host): _host(layout, host) for host in HOSTS}
+
+
+def api_url(layout: Layout) -> str:
+    """Where the orchestrator's file says that it listens: the first address, else its socket.
+
+    Raises InvalidInput when the file cannot be read.
+    """
+    path = layout.config(ORCHESTRATOR)
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput("orchestrator.toml", "a readable TOML file", str(error)) from error
+    listen = given.get("listen", [])
+    addresses = [listen] if isinstance(listen, str) else [str(each) for each in listen]
+    if given.get("socket"):
+        addresses.append(f"unix:{given['socket']}")
+    if not addresses:
+        raise InvalidInput("orchestrator.toml: listen", "at least one address", listen)
+    return addresses[0]
+
+
+def _free_port(wanted: int) -> int:
+    """The wanted port of this machine if it is free, else any that is."""
+    for port in (wanted, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            number: int = probe.getsockname()[1]
+            return number
+    raise InvalidInput("listen", "a free port of 127.0.0.1", wanted)
+
+
+def _orchestrator(layout: Layout, listen: str) -> str:
+    links = "".join(
+        f"\n[hosts.{host}]\nlinks = {{ {APPLIANCE} = {ld} }}\n" for ld, host in enumerate(HOSTS)
+    )
+    return f"""\
+# The orchestrator: who may hold what. Its database is in state_dir.
+state_dir = "{layout.data(ORCHESTRATOR)}"
+listen = {listen}
+socket = "{layout.api_socket}"
+
+# How long each rung of a release may take; the other rungs have their defaults.
+[ladder]
+ask_seconds = 10
+stop_seconds = 5
+
+# The appliance's fabric-manager port.
+[appliances.{APPLIANCE}]
+address = "unix:{layout.fm_socket}"
+
+# The hosts, and the LD under which the appliance knows each of them.
+{links.lstrip()}"""
+
+
+def _appliance(layout: Layout) -> str:
+    raise NotImplementedError
+
+
+def _host(layout: Layout, host: str) -> str:
+    raise NotImplementedError

@@ -1,0 +1,186 @@
+"""The commands that a newcomer types: `tagmem demo`, `tagmem up`, `tagmem down`, as processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from tests.system.waiting import wait_until
+
+from tagmem.base.units import MIB
+from tagmem.client.session import Client
+from tagmem.demo import system
+from tagmem.demo.chaos import kill, running
+from tagmem.demo.layout import DAEMONS, SHARED_MEMORY, Layout
+
+DEMO_SECONDS = 100
+
+
+def tagmem(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, with its output."""
+    return subprocess.run(
+        [sys.executable, "-m", "tagmem", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=DEMO_SECONDS,
+        env={**os.environ, **environment},
+    )
+
+
+@contextmanager
+def a_system(state: Path) -> Iterator[Layout]:
+    """`tagmem up`, and afterwards `tagmem down`, whatever the test did."""
+    layout = Layout.of(state)
+    try:
+        ended = tagmem("up", "--state-dir", state)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        yield layout
+    finally:
+        tagmem("down", "--state-dir", state)
+        system.stop(layout)
+        system.remove_volatile(layout)
+
+
+def assert_nothing_left(layout: Layout) -> None:
+    assert not system.is_running(layout)
+    assert not system.strays(layout)
+    assert not layout.volatile.exists()
+
+
+def pid_other_than(layout: Layout, name: str, old: int) -> bool:
+    return running(layout).get(name, 0) not in (0, old)
+
+
+def test_the_demo_shows_real_records_given_back_wiped_and_offered_again(tmp_path: Path) -> None:
+    ended = tagmem("demo", "--state-dir", tmp_path)
+    told = ended.stdout
+    assert ended.returncode == 0, told + ended.stderr
+
+    loaded = re.search(r"read back\s+([\d,]+) of \1 equal", told)
+    assert loaded, told
+    assert int(loaded[1].replace(",", "")) >= 200_000
+    assert f"{loaded[1]} of {loaded[1]} found in the tag's extents" in told
+
+    # The records' own addresses lie inside the extents that were accepted.
+    spans = re.findall(r"accepted\s+DPA (0x[0-9a-f]+) to (0x[0-9a-f]+)", told)
+    addresses = re.findall(r"DPA (0x[0-9a-f]+) \(pool byte", told)
+    assert spans
+    assert addresses
+    for address in addresses:
+        assert any(int(a, 16) <= int(address, 16) < int(b, 16) for a, b in spans)
+
+    # The second host was offered the very same bytes of the pool.
+    offered, again = re.findall(r"extent\s+(pool bytes \S+ to \S+)", told)
+    assert offered == again
+    assert f"{128 * MIB:,} bytes through tagmem.open, all zero" in told
+    assert "no process maps the bytes or has them open" in told
+    for step in ("decide", "offer", "accept", "launch", "load", "give back", "wipe", "re-offer"):
+        assert re.search(rf"^ ?\d {step} +\d+\.\d\d\d  \S", told, re.MULTILINE), step
+    assert "\x1b" not in told, "colours in a pipe"
+    assert_nothing_left(Layout.of(tmp_path))
+
+
+def test_ctrl_c_ends_the_demo_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = set(SHARED_MEMORY.glob("tagmem-*"))
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tagmem", "demo"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+    ) as demo:
+        assert demo.stdout is not None
+        seen = next((line for line in demo.stdout if "memcached" in line and "pid" in line), "")
+        assert seen, "it never got as far as memcached"
+        [state] = folder.glob("tagmem-demo-*")
+        demo.send_signal(signal.SIGINT)
+        rest = demo.stdout.read()
+        assert demo.wait(DEMO_SECONDS) == 130, rest
+    assert not list(folder.iterdir())
+    assert set(SHARED_MEMORY.glob("tagmem-*")) <= before
+    assert_nothing_left(Layout.of(state))
+
+
+def test_up_runs_until_down_and_twice_is_fine(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with a_system(state) as layout:
+        pids = running(layout)
+        assert set(pids) == set(DAEMONS)
+        again = tagmem("up", "--state-dir", state)
+        assert again.returncode == 0, again.stdout
+        assert "running already" in again.stdout
+        assert running(layout) == pids
+
+        with Client(system.url(layout)) as client:
+            assert client.health().hosts_connected == 2
+            regions = client.appliance("a0").regions
+            assert len(regions) == 2
+            assert [region.sharable for region in regions] == [False, True]
+
+        ended = tagmem("down", "--state-dir", state)
+        assert ended.returncode == 0, ended.stdout
+        assert_nothing_left(layout)
+        assert layout.config("w1").exists(), "the state stays"
+
+        # Hand edits live.
+        edited = layout.config("orchestrator").read_text() + "# edited by hand\n"
+        layout.config("orchestrator").write_text(edited)
+        assert tagmem("up", "--state-dir", state).returncode == 0
+        assert layout.config("orchestrator").read_text() == edited
+
+    purged = tagmem("down", "--state-dir", state, "--purge")
+    assert purged.returncode == 0, purged.stdout + purged.stderr
+    assert not state.exists()
+
+
+def test_down_gives_back_what_is_held(tmp_path: Path) -> None:
+    with a_system(tmp_path) as layout:
+        environment = {"TAGMEM_STATE_DIR": str(tmp_path)}
+        created = tagmem("capacity", "create", "4M", "--host", "w1", **environment)
+        assert created.returncode == 0, created.stdout + created.stderr
+        ended = tagmem("down", "--state-dir", tmp_path)
+        assert ended.returncode == 0, ended.stdout
+        assert "1 of 1 capacities" in ended.stdout
+        assert_nothing_left(layout)
+
+        assert tagmem("up", "--state-dir", tmp_path).returncode == 0
+        with Client(system.url(layout)) as client:
+            assert not list(client.capacities())
+            assert all(r.free_bytes == r.size_bytes for r in client.appliance("a0").regions)
+
+
+def test_a_daemon_that_dies_is_started_again(tmp_path: Path) -> None:
+    with a_system(tmp_path) as layout:
+        for name in DAEMONS:
+            before = running(layout)[name]
+            assert kill(layout, name)
+            wait_until(partial(pid_other_than, layout, name, before), f"{name} is started again")
+        system.wait_ready(layout)
+        assert tagmem("up", "--state-dir", tmp_path).returncode == 0
+
+
+def test_a_daemon_that_cannot_start_is_named_with_its_last_words(tmp_path: Path) -> None:
+    layout = Layout.of(tmp_path)
+    system.prepare(layout)
+    layout.config("w1").write_text("no_such_key = 1\n")
+    ended = tagmem("up", "--state-dir", tmp_path)
+    assert ended.returncode == 1, ended.stdout
+    assert "w1 does not stay up" in ended.stdout
+    assert "no_such_key" in ended.stdout
+    system.remove_volatile(layout)
+    assert_nothing_left(layout)
+
+
+def test_down_without_up_says_so(tmp_path: Path) -> None:
+    ended = tagmem("down", "--state-dir", tmp_path / "never")
+    assert ended.returncode == 0
+    assert "was not running" in ended.stdout
+    assert not (tmp_path / "never").exists()
