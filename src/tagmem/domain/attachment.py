@@ -1,20 +1,23 @@
-"""The machine of one attachment: one capacity on one host, from the plan to the proof that it is over.
+"""The machine of one attachment: one capacity on one host, from the plan to the proof that it is
+over.
 
-Theory of operation. An attachment is PLANNED when it is committed, before anybody outside knows of it. The
-appliance starts the add (OFFERED) and reports what the host took: all of it (ATTACHED), nothing (REFUSED), or a
-part, which nobody can use and which is therefore released again. Answers and their reports may overtake each
-other, so an acceptance is taken in PLANNED too.
+Theory of operation. An attachment is PLANNED when it is committed, before anybody outside knows of
+it. The appliance starts the add (OFFERED) and reports what the host took: all of it (ATTACHED),
+nothing (REFUSED), or a part, which nobody can use and which is therefore released again. Answers
+and their reports may overtake each other, so an acceptance is taken in PLANNED too.
 
-A missing answer never decides anything: the attachment becomes UNKNOWN and stays so until the appliance's own
-lists have been read, which then say held, pending or absent.
+A missing answer never decides anything: the attachment becomes UNKNOWN and stays so until the
+appliance's own lists have been read, which then say held, pending or absent.
 
-RELEASING lasts until two facts are there, in whatever order they come: the appliance says that the host no
-longer has the extents (`gone`), and the host has proved that nothing uses them (`proved`) or it was fenced
-(`fenced`). FENCING is the same with a forced release on its way. Only both facts together end in RELEASED.
-REFUSED and RELEASED hold nothing; from there a new attachment to the same host may be planned.
+RELEASING lasts until two facts are there, in whatever order they come: the appliance says that the
+host no longer has the extents (`gone`), and the host has proved that nothing uses them (`proved`)
+or it was fenced (`fenced`). FENCING is the same with a forced release on its way. Only both facts
+together end in RELEASED. REFUSED and RELEASED hold nothing; from there a new attachment to the same
+host may be planned.
 
-An appliance that shows a host as holder of what it refused or gave back is believed: the attachment is RELEASING
-again and the proofs start over. Each pair that cannot happen is ILLEGAL: it changes nothing, and is noted.
+An appliance that shows a host as holder of what it refused or gave back is believed: the attachment
+is RELEASING again and the proofs start over. Each pair that cannot happen is ILLEGAL: it changes
+nothing, and is noted.
 """
 
 from __future__ import annotations

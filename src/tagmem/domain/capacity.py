@@ -1,14 +1,15 @@
 """The machine of a capacity: what its attachments and its owner's wish together make of it.
 
-Theory of operation. A capacity is RESERVED while no host has or is offered it, ACTIVE while one has, RELEASING
-once its owner wants it back in the pool, SANITISING when every holder has given it back and the appliance
-has not yet said that the media is clean. If that takes too long it is QUARANTINED: shown, not used, not
-free. It ends (FREE) only from there on: every attachment over, media clean, owner willing. A capacity that one
-host gave back while the owner keeps it becomes RESERVED again when it is clean.
+Theory of operation. A capacity is RESERVED while no host has or is offered it, ACTIVE while one
+has, RELEASING once its owner wants it back in the pool, SANITISING when every holder has given it
+back and the appliance has not yet said that the media is clean. If that takes too long it is
+QUARANTINED: shown, not used, not free. It ends (FREE) only from there on: every attachment over,
+media clean, owner willing. A capacity that one host gave back while the owner keeps it becomes
+RESERVED again when it is clean.
 
-The state is never set; it follows. After each event that touches a capacity, `turn.settle` works out which
-Condition now holds and looks up the next state here. A pair that the rules exclude is ILLEGAL, and then
-the books contradict themselves.
+The state is never set; it follows. After each event that touches a capacity, `turn.settle` works
+out which Condition now holds and looks up the next state here. A pair that the rules exclude is
+ILLEGAL, and then the books contradict themselves.
 """
 
 from __future__ import annotations

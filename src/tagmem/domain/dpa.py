@@ -1,4 +1,6 @@
-"""Between a pool's media offsets and one host's device physical addresses, so that only the borders see DPAs."""
+"""Between a pool's media offsets and one host's device physical addresses, so that only the borders
+see DPAs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from tagmem.domain.records import Extent, LdRecord, RegionRecord
 
 
 def to_dpa(ld: LdRecord, region: RegionRecord, extent: Extent) -> Dpa:
-    """Where `extent` begins for the host behind `ld`. Raises ValueError for what lies outside the region."""
+    """Where `extent` begins for the host behind `ld`. Raises ValueError for what lies outside the
+    region.
+    """
     if extent.start < 0 or extent.end > region.size_bytes:
         raise ValueError(f"extent must lie in {region.size_bytes} bytes, ends at {extent.end}")
     base = ld.bases[region.index]
@@ -17,7 +21,9 @@ def to_dpa(ld: LdRecord, region: RegionRecord, extent: Extent) -> Dpa:
 
 
 def from_dpa(ld: LdRecord, region: RegionRecord, start: Dpa, length: int) -> Extent:
-    """The media behind `length` bytes from `start`. Raises ValueError for what lies outside the region."""
+    """The media behind `length` bytes from `start`. Raises ValueError for what lies outside the
+    region.
+    """
     offset = start - ld.bases[region.index]
     if length <= 0 or offset < 0 or offset + length > region.size_bytes:
         raise ValueError(

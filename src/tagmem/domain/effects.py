@@ -195,6 +195,8 @@ class HostAnswered(Event, frozen=True):
     first: Extent
     """The first offered or accepted extent; for untagged capacity this tells which it is."""
     accepted: tuple[Extent, ...]
+    region: int | None = None
+    """Where `first` lies; None: to be found by its offset alone."""
 
 
 class CapacityReturned(Event, frozen=True):
@@ -206,6 +208,7 @@ class CapacityReturned(Event, frozen=True):
     ld: int
     tag: Tag
     extents: tuple[Extent, ...]
+    region: int | None = None
 
 
 # ---- from hosts' agents

@@ -1,11 +1,13 @@
-"""The algebra of extent sets: every rule about memory is in the end a question that these functions answer.
+"""The algebra of extent sets: every rule about memory is in the end a question that these functions
+answer.
 
-A *set* here is a sorted tuple of disjoint extents that do not touch (`normal`); a capacity's own extents keep
-their sequence order instead, and are normalised before they are compared.
+A *set* here is a sorted tuple of disjoint extents that do not touch (`normal`); a capacity's own
+extents keep their sequence order instead, and are normalised before they are compared.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from tagmem.base.errors import TagmemError
@@ -107,7 +109,7 @@ def split(extent: Extent, length: Bytes) -> tuple[Extent, Extent]:
 def overlapping_pair(extents: Sequence[Extent]) -> tuple[Extent, Extent] | None:
     """Two of the extents that share a byte, or None."""
     ordered = sorted(extents)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in itertools.pairwise(ordered):
         if other.start < one.end:
             return one, other
     return None

@@ -1,9 +1,10 @@
-"""The release ladder: which rungs there are, who climbs them, and how long each may take (design rule 6).
+"""The release ladder: which rungs there are, who climbs them, and how long each may take (design
+rule 6).
 
-The host's agent climbs ask, stop and detach by itself, because only it sees the processes. When it has not
-proved the release by the sum of their deadlines, the orchestrator goes on with restart, fence and force,
-each only if the caller allowed it. At the end of what is allowed a release does not end: it stays
-visible with its holder, because a timeout never frees memory (rule 3).
+The host's agent climbs ask, stop and detach by itself, because only it sees the processes. When it
+has not proved the release by the sum of their deadlines, the orchestrator goes on with restart,
+fence and force, each only if the caller allowed it. At the end of what is allowed a release does
+not end: it stays visible with its holder, because a timeout never frees memory (rule 3).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ DEADLINE_NS_MAX: Nanoseconds = 86_400 * SECOND
 MESSAGE_GRACE_NS: Nanoseconds = 2 * SECOND
 """What the words between orchestrator and agent may take, beyond the agent's own rungs."""
 SANITISE_DEADLINE_NS: Nanoseconds = 600 * SECOND
-"""How long an appliance may take to sanitise before a person is told; 1 TiB at 2 GiB/s takes 512 s."""
+"""How long an appliance may take to sanitise before a person is told; 1 TiB at 2 GiB/s takes 512
+s."""
 
 _RANK = {rung: rank for rank, rung in enumerate(RUNGS)}
 _AGENT_RUNGS = RUNGS[:3]
@@ -48,7 +50,9 @@ def agent_time_ns(plan: ReleasePlan) -> Nanoseconds:
 
 
 def next_rung(plan: ReleasePlan, rung: str) -> str:
-    """The orchestrator's rung after `rung` (after any of the agent's: restart); empty when none is allowed."""
+    """The orchestrator's rung after `rung` (after any of the agent's: restart); empty when none is
+    allowed.
+    """
     height = max(_RANK[rung], _LAST_AGENT_RANK) + 1
     if height >= len(RUNGS) or height > _RANK[plan.up_to]:
         return ""

@@ -1,10 +1,11 @@
 """Where a capacity goes: appliance, region and extents, as a pure function that can say why.
 
-A *window* is one region of one appliance together with its pool. The windows that a set of hosts reaches
-and that suit a request are worked out once and kept until a registration or an appliance's state changes
-(`state.State.tiers`); a decision then looks at each window's free map only: the last of its sorted runs
-rejects it in one comparison, one bisect gives its best fit. The least left over wins; equal ones go to the
-lowest address, then to the first window in the order of appliance name and region.
+A *window* is one region of one appliance together with its pool. The windows that a set of hosts
+reaches and that suit a request are worked out once and kept until a registration or an appliance's
+state changes (`state.State.tiers`); a decision then looks at each window's free map only: the last
+of its sorted runs rejects it in one comparison, one bisect gives its best fit. The least left over
+wins; equal ones go to the lowest address, then to the first window in the order of appliance name
+and region.
 
 Reasons are worked out only when somebody asks, or when nothing fits: that is what `examine` does.
 """
@@ -117,8 +118,8 @@ Tiers = tuple[tuple[Window, ...], ...]
 def tiers(windows: Sequence[Window], request: Request) -> Tiers:
     """Of the windows that every host reaches, those that are ready and suit the request.
 
-    Exclusive capacity goes to regions that are not sharable while they have room, so that sharable media
-    stays for those who can use nothing else.
+    Exclusive capacity goes to regions that are not sharable while they have room, so that sharable
+    media stays for those who can use nothing else.
     """
     fit = [w for w in windows if w.state is ApplianceState.READY and not unsuitable(w, request)]
     if request.sharing is not Sharing.NONE:
@@ -373,4 +374,5 @@ class Explanation(NamedTuple):
         count = "one extent" if len(extents) == 1 else f"{len(extents)} extents"
         free = format_size(window.pool.free.free_bytes)
         where = f"{window.appliance} region {window.region.index}"
-        return f"{where}, in {count}: the best fit of {len(self.candidates)} regions ({free} free there)."
+        fit = f"the best fit of {len(self.candidates)} regions"
+        return f"{where}, in {count}: {fit} ({free} free there)."

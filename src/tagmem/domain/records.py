@@ -128,6 +128,10 @@ class CapacityRecord(Record, frozen=True):
     owner: str = ""
     created_ns: Nanoseconds = 0
     contiguous: bool = True
+    leaving: bool = False
+    """The owner wants it back in the pool."""
+    sanitise_deadline_ns: Nanoseconds = 0
+    """When sanitising has taken too long; 0 while none is awaited."""
     request_digest: str = ""
     """Of the creating request, so that a repeated PUT is told apart from a conflicting one."""
     fault: str = ""
@@ -232,6 +236,9 @@ class AttachmentRecord(Record, frozen=True):
     proved: bool = False
     """The host has proved that nothing maps or holds them."""
     fenced: bool = False
+    held: tuple[Extent, ...] = ()
+    """What the host took and the appliance has not yet reported back; empty again when that media is clean or
+    another host's alone."""
 
     @property
     def key(self) -> str:

@@ -1,12 +1,12 @@
 """What is free in one pool of media, so that a fit is found without looking at what is taken.
 
-Regions are windows on pools; several may show the same one, so the free map belongs to (appliance, pool).
-Free runs are kept twice: by start, to merge neighbours, and by length, to find the best fit. Both are sorted
-lists under bisect: inserting moves memory, which for the 10^4 runs that a pool may have costs a few
-microseconds, less than any tree in Python would.
+Regions are windows on pools; several may show the same one, so the free map belongs to (appliance,
+pool). Free runs are kept twice: by start, to merge neighbours, and by length, to find the best fit.
+Both are sorted lists under bisect: inserting moves memory, which for the 10^4 runs that a pool may
+have costs a few microseconds, less than any tree in Python would.
 
-A run is also one integer, `length << 64 | start`: integers compare faster than tuples, and the smallest
-one not below `size << 64` *is* the best fit, lowest address first.
+A run is also one integer, `length << 64 | start`: integers compare faster than tuples, and the
+smallest one not below `size << 64` *is* the best fit, lowest address first.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class FreeMap:
         return [Extent(MediaOffset(s), self._ends[s] - s) for s in self._starts]
 
     def best_run(self, length: Bytes, limit: Bytes | None = None) -> int:
-        """The shortest run whose first `length` bytes lie below `limit`, as in `runs`; -1 when there is none."""
+        """The shortest run whose first `length` bytes lie below `limit`, as in `runs`; -1 when
+        there is none.
+        """
         runs = self.runs
         for index in range(bisect_left(runs, length << START_BITS), len(runs)):
             if limit is None or (runs[index] & _START_MASK) + length <= limit:
@@ -82,7 +84,9 @@ class FreeMap:
     def gather(
         self, length: Bytes, extents_max: int, limit: Bytes | None = None
     ) -> tuple[Extent, ...] | None:
-        """Several runs that make up `length`, longest first, the last one a best fit; None when too many."""
+        """Several runs that make up `length`, longest first, the last one a best fit; None when too
+        many.
+        """
         chosen: list[Extent] = []
         rest = length
         for run in reversed(self.runs):
@@ -105,7 +109,9 @@ class FreeMap:
         return self.best_fit(length, limit) or Extent(MediaOffset(start), length)
 
     def reserve(self, extents: Sequence[Extent]) -> None:
-        """Take given extents. Raises InvariantViolated, with nothing taken, when a byte is not free."""
+        """Take given extents. Raises InvariantViolated, with nothing taken, when a byte is not
+        free.
+        """
         for extent in extents:
             if not self.is_free(extent):
                 raise InvariantViolated(f"extent {extent} is not free")
@@ -122,7 +128,9 @@ class FreeMap:
                 self._add(extent.end, end)
 
     def release(self, extents: Sequence[Extent]) -> None:
-        """Give extents back, merged with free neighbours. Raises InvariantViolated when a byte is free already."""
+        """Give extents back, merged with free neighbours. Raises InvariantViolated when a byte is
+        free already.
+        """
         for extent in extents:
             start, end = int(extent.start), extent.end
             index = bisect_right(self._starts, start)
@@ -176,7 +184,9 @@ class Pool:
         self._taken: dict[int, tuple[int, str]] = {}
 
     def fill(self, owned: Iterable[tuple[Extent, str]], quarantined: Sequence[Extent]) -> None:
-        """Start over from what is owned and quarantined. Raises InvariantViolated for an overlap of owners."""
+        """Start over from what is owned and quarantined. Raises InvariantViolated for an overlap of
+        owners.
+        """
         ordered = sorted(owned)
         self._starts = [extent.start for extent, _ in ordered]
         self._taken = {extent.start: (extent.end, owner) for extent, owner in ordered}
