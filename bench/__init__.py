@@ -1,0 +1,1 @@
+"""Benchmarks: each figure beside its floor, measured in one interleaved run. `python -m bench`."""
