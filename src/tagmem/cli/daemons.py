@@ -68,10 +68,13 @@ def up(**options: Path | None) -> None:
 
 
 @click.command("down", cls=Command, short_help="End it.", example="tagmem down --state-dir ./state")
+@click.option(
+    "--purge", is_flag=True, help="Remove the folder too: configuration, logs, databases."
+)
 @state_dir_option
-def down(**options: Path | None) -> None:
-    """End what `tagmem up` started."""
-    _start("tagmem.demo.main", "down", state_dir(options["state_dir"]))
+def down(purge: bool, **options: Path | None) -> None:
+    """End what `tagmem up` started: give back what is held, stop every process, remove the media."""
+    _start("tagmem.demo.main", "down", state_dir(options["state_dir"]), purge)
 
 
 @click.command(
@@ -82,6 +85,8 @@ def down(**options: Path | None) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep its state here. [default: a folder that is removed at the end]",
 )
-def demo(**options: Path | None) -> None:
+@click.option("--chaos", type=int, metavar="SEED", hidden=True)
+def demo(state_dir: Path | None, chaos: int | None) -> None:
     """Run the seven steps with a real memcached, telling what happens."""
-    _start("tagmem.demo.main", "demo", options["state_dir"])
+    # --chaos: `kill -9` of daemons while it runs; which ones and when follows from the seed.
+    _start("tagmem.demo.main", "demo", state_dir, chaos)

@@ -2,7 +2,7 @@
 
 A demo with random bytes proves little to a person who watches it. These come from files that
 Debian ships: WordNet's dictionary (package wordnet-base: one record for each of its 206,941 senses)
-and the package database of the machine itself. Both are read as they lie on disk, in a stable order.
+and the package database of the machine itself. Both are read in a stable order.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def up(state_dir: str | Path, *, console: Console | None = None) -> int:
     return EXIT_OK
 
 
-def down(state_dir: str | Path, *, purge: bool = False, console: Console | None = None) -> int:
+def down(state_dir: str | Path, purge: bool = False, *, console: Console | None = None) -> int:
     """Give back what is held, stop every process, take the media away; `purge`: the state too."""
     say = console or Console()
     layout = Layout.of(state_dir)
@@ -76,9 +76,9 @@ def down(state_dir: str | Path, *, purge: bool = False, console: Console | None 
 
 def demo(
     state_dir: str | Path | None = None,
+    chaos_seed: int | None = None,
     *,
     records_max: int = RECORDS_MAX,
-    chaos_seed: int | None = None,
     choose: Choose | None = None,
     console: Console | None = None,
 ) -> int:

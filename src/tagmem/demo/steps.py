@@ -1,7 +1,7 @@
 """The seven steps with a real memcached, each told and checked as it happens.
 
 Every claim is checked by looking, not by asking alone: at the DAX device in the host's directory,
-at the bytes in the appliance's media, at /proc for who holds them. A check that fails raises Mismatch.
+at the bytes in the appliance's media, at /proc for who holds them. A failed check raises Mismatch.
 """
 
 from __future__ import annotations
