@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tagmem.client.locate import OfferRefused as OfferRefused
     from tagmem.client.locate import TagAbsent as TagAbsent
     from tagmem.client.mapping import Capacity as Capacity
-    from tagmem.client.mapping import open_tag as open  # noqa: A004 - `tagmem.open` reads best
+    from tagmem.client.mapping import open as open  # noqa: A004 - `tagmem.open` reads best
 
 # What there is, and where: module, name in it.
 _PUBLIC: dict[str, tuple[str, str]] = {
@@ -19,7 +19,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "Device": ("tagmem.client.locate", "Device"),
     "OfferRefused": ("tagmem.client.locate", "OfferRefused"),
     "TagAbsent": ("tagmem.client.locate", "TagAbsent"),
-    "open": ("tagmem.client.mapping", "open_tag"),
+    "open": ("tagmem.client.mapping", "open"),
 }
 
 

@@ -242,7 +242,11 @@ def _pieces(folder: str, size: int) -> tuple[tuple[int, int], ...]:
     import json
 
     with open(f"{folder}/extents", encoding="utf-8") as file:
-        pieces = tuple((int(item["offset"]), int(item["length"])) for item in json.load(file))
+        listed = json.load(file)
+    try:
+        pieces = tuple((int(item["offset"]), int(item["length"])) for item in listed)
+    except (KeyError, TypeError):
+        raise ValueError(folder) from None
     if sum(length for _, length in pieces) != size or any(o < 0 or n <= 0 for o, n in pieces):
         raise ValueError(folder)
     return pieces

@@ -39,7 +39,7 @@ _RESERVE_TRIES_MAX = 8
 _VIEWS_NAMED_MAX = 3
 
 
-def open_tag(
+def open(  # noqa: A001 - `tagmem.open` is the name that people expect
     tag: object,
     *,
     timeout: float | None = 10.0,

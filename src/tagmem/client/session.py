@@ -38,6 +38,8 @@ _ATTEMPTS_MAX = 3
 _BACKOFF_SECONDS = 0.05
 _BODY_BYTES_MAX = 256 << 20
 _EVENT_BYTES_MAX = 1 << 20
+_RETURN_SECONDS = 0.05
+"""Between attempts to find an orchestrator that is away."""
 _LOOK_AGAIN_SECONDS = 2.0
 """While waiting, the thing itself is looked at this often even when no event tells of it."""
 
@@ -115,13 +117,16 @@ class Client:
     once.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0, patience: float = 2.0) -> None:
-        """`timeout` bounds each answer; `patience` how long "come back later" answers are retried
-        (seconds).
+    def __init__(
+        self, url: str, *, timeout: float = 30.0, patience: float = 2.0, absence: float = 15.0
+    ) -> None:
+        """All in seconds: `timeout` bounds each answer, `patience` how long "come back later" is
+        retried, `absence` how long waiting and event streams outlast an orchestrator that is away.
         """
         self.url = url
         self._timeout = timeout
         self._patience = patience
+        self._absence = absence
         self._address = _parse_url(url)
         self._connection: http.client.HTTPConnection | None = None
 
@@ -277,24 +282,21 @@ class Client:
         `timeout`: end after so many seconds without an event (None: never). Raises Unreachable when
         the orchestrator stays away.
         """
-        failures = 0
+        heard = time.monotonic()
         while True:
+            why = "it ends at once"  # an orderly end: the orchestrator is going, or restarting
             try:
                 for event in self._stream(after, timeout):
                     after = event.id
-                    failures = 0
+                    heard = time.monotonic()
                     yield event
             except TimeoutError:
                 return
             except (OSError, http.client.HTTPException) as error:
-                failures += 1
-                if failures > _ATTEMPTS_MAX:
-                    raise Unreachable(f"{self.url}: the event stream broke: {error}") from None
-            else:
-                failures += 1  # an orderly end: the orchestrator is going away, or restarting
-                if failures > _ATTEMPTS_MAX:
-                    raise Unreachable(f"{self.url}: the event stream ends at once, each time")
-            time.sleep(_BACKOFF_SECONDS * failures)
+                why = _why(error)
+            if time.monotonic() - heard > self._absence:
+                raise Unreachable(f"{self.url}: the event stream stays away: {why}")
+            time.sleep(_RETURN_SECONDS)
 
     def _stream(self, after: int, timeout: float | None) -> Iterator[rest.EventDocument]:
         connection = _Connection(self._address, timeout)
@@ -337,8 +339,21 @@ class Client:
         deadline = None if timeout is None else time.monotonic() + timeout
         if after is None:
             after = self.last_event()
+        seen = time.monotonic()
+
+        def attempt() -> T | None:
+            nonlocal seen
+            try:
+                found = look()
+            except (Unreachable, OutcomeUnknown):
+                if time.monotonic() - seen > self._absence:
+                    raise
+                return None
+            seen = time.monotonic()
+            return found
+
         while True:
-            found = look()
+            found = attempt()
             if found is not None:
                 return found
             pause = _LOOK_AGAIN_SECONDS
@@ -352,7 +367,7 @@ class Client:
                     continue
                 if on_event is not None:
                     on_event(event)
-                found = look()
+                found = attempt()
                 if found is not None:
                     return found
                 if deadline is not None and time.monotonic() >= deadline:
