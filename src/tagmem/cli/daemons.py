@@ -73,7 +73,7 @@ def up(**options: Path | None) -> None:
 )
 @state_dir_option
 def down(purge: bool, **options: Path | None) -> None:
-    """End what `tagmem up` started: give back what is held, stop every process, remove the media."""
+    """End what `tagmem up` started: what is held is given back, the media are removed."""
     _start("tagmem.demo.main", "down", state_dir(options["state_dir"]), purge)
 
 
