@@ -24,7 +24,7 @@ from tagmem.domain.records import (
     QuarantineRecord,
     RegionRecord,
 )
-from tagmem.wire.agentapi import Desired, Workload
+from tagmem.wire.agentapi import Desired
 from tagmem.wire.rest import (
     ApplianceDocument,
     ApplianceMapDocument,
@@ -169,14 +169,6 @@ def dpas(view: View, held: CapacityRecord, record: AttachmentRecord) -> tuple[tu
 def region_of(appliance: ApplianceRecord, index: int) -> RegionRecord | None:
     """The region with an index, or None."""
     return next((region for region in appliance.regions if region.index == index), None)
-
-
-def desired_workload(record: AttachmentRecord) -> Workload | None:
-    """The workload as the agent is told of it."""
-    wanted = record.workload
-    if wanted is None:
-        return None
-    return Workload(wanted.id, wanted.command, wanted.environment, wanted.stop)
 
 
 def appliance(view: View, record: ApplianceRecord) -> ApplianceDocument:

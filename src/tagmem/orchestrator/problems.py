@@ -72,7 +72,7 @@ def refuse_field(
     field: str, limit: str, value: str, outcome: Outcome = Outcome.FIELD_OUT_OF_RANGE
 ) -> Refused:
     """A field outside its limit."""
-    detail = f"{field}: must be {limit}, got {shorten(value)!r}"
+    detail = f"{field}: must be {limit}, got {shorten(value)}"
     return Refused(Reply(outcome, field=field, limit=limit, value=value, detail=detail))
 
 

@@ -22,14 +22,14 @@ from tagmem.orchestrator.metrics import Metrics
 from tagmem.orchestrator.routes import ROUTES
 from tagmem.orchestrator.server import HttpServer
 from tagmem.orchestrator.sessions import Sessions
-from tagmem.orchestrator.view import HasState, MachineView
+from tagmem.orchestrator.view import MachineView, Readable
 from tagmem.orchestrator.watch import Feed, Waiters
 from tagmem.ports import Clock, Effect, Event, Loaded, Machine, Store
 
 log = logging.getLogger(__name__)
 
 
-class OrchestratorMachine(Machine, HasState, Protocol):
+class ReadableMachine(Machine, Readable, Protocol):
     """A machine whose state can be read."""
 
 
@@ -55,7 +55,7 @@ class Orchestrator:
     def __init__(
         self,
         config: OrchestratorConfig,
-        machine: OrchestratorMachine,
+        machine: ReadableMachine,
         store: Store,
         clock: Clock,
         fabric: FabricFactory,

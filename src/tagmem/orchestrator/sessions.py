@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from tagmem.base.errors import InvalidInput, StorageFailed
 from tagmem.base.ids import ApplianceId, HostId, parse_name, parse_tag
 from tagmem.domain.effects import HostConnected, HostDisconnected, HostObserved, RegisterHost
-from tagmem.domain.outcome import Outcome, Reply
+from tagmem.domain.outcome import Reply
 from tagmem.domain.records import Holder, WorkloadStatus
 from tagmem.engine import Engine, QueueFull
 from tagmem.orchestrator.asgi import Message, Receive, Send
@@ -105,6 +106,9 @@ class Sessions:
         self._self_registration = self_registration
         self._changed = changed
         self._sessions: dict[str, Session] = {}
+        self._arriving: Counter[str] = Counter()
+        """Hosts whose HostConnected is being committed. An old session that ends meanwhile must
+        not disconnect what is only just connected."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -163,19 +167,36 @@ class Sessions:
         links = {ApplianceId(appliance): ld for appliance, ld in hello.links.items()}
         await self._register(name, hello)
         session = Session(name, send)
-        await self._submit(HostConnected(name, hello.boot_id, links), lambda _: self._open(session))
+        self._arriving[name] += 1
+        try:
+            await self._submit(
+                HostConnected(name, hello.boot_id, links), lambda reply: self._open(session, reply)
+            )
+        finally:
+            self._arriving[name] -= 1
+            self._leave(name)
         return session
 
+    def _leave(self, host: HostId) -> None:
+        """Unless a session of the host is there or on its way, the machine is told that it went."""
+        if self._arriving[host] > 0:
+            return
+        del self._arriving[host]
+        if host not in self._sessions:
+            self._engine.post(HostDisconnected(host))
+            self._changed(host)
+
     async def _register(self, host: HostId, hello: Hello) -> None:
-        if await self._engine.read(lambda: host in self._view.hosts):
+        """Make the host known, with its links. Raises SessionRefused where that may not be."""
+        known = await self._engine.read(lambda: self._view.hosts.get(host))
+        if known is not None and known.links == hello.links:
             return
         if not self._self_registration:
-            raise SessionRefused(f"host {host} is unknown; register it with PUT /v1/hosts/{host}")
-        reply = await self._submit(RegisterHost(host, dict(hello.links)))
-        if isinstance(reply, Reply) and not reply.outcome.ok:
-            if reply.outcome is Outcome.NAME_EXISTS_WITH_OTHER_PARAMETERS:
-                return
-            raise SessionRefused(reply.detail or reply.outcome.title)
+            if known is None:
+                how = f"PUT /v1/hosts/{host}"
+                raise SessionRefused(f"host {host} is unknown; register it with {how}")
+            return  # the machine judges the links that it has against those of the Hello
+        _check(await self._submit(RegisterHost(host, dict(hello.links))))
 
     async def _submit(
         self, event: HostConnected | RegisterHost, render: Callable[[Reply], None] | None = None
@@ -186,10 +207,11 @@ class Sessions:
             raise SessionRefused(str(failure)) from None
         return reply
 
-    def _open(self, session: Session) -> None:
+    def _open(self, session: Session, reply: Reply) -> None:
         """At the committed HostConnected: displace the old session, send all that concerns the
         host.
         """
+        _check(reply)
         old = self._sessions.pop(session.host, None)
         if old is not None:
             old.close(CLOSE_DISPLACED, "a newer session of this host has begun")
@@ -210,8 +232,7 @@ class Sessions:
             ended = await asyncio.gather(reader, writer, return_exceptions=True)
             if self._sessions.get(session.host) is session:
                 del self._sessions[session.host]
-                self._engine.post(HostDisconnected(session.host))
-                self._changed(session.host)
+                self._leave(session.host)
         for outcome in ended:
             if isinstance(outcome, SessionRefused):
                 log.warning("agent of host %s: %s", session.host, outcome)
@@ -242,6 +263,11 @@ class Sessions:
             except QueueFull:
                 self._engine.post(event)
                 await self._engine.read(_nothing)
+
+
+def _check(reply: Reply | None) -> None:
+    if reply is not None and not reply.outcome.ok:
+        raise SessionRefused(reply.detail or reply.outcome.title)
 
 
 def _nothing() -> None:

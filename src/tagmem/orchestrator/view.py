@@ -10,37 +10,38 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from tagmem.domain import attachment as attachments
-from tagmem.domain import ladder
+from tagmem.domain.desired import Desired as Wanted
 from tagmem.domain.effects import CreateCapacity
 from tagmem.domain.outcome import Outcome, Reply
-from tagmem.domain.placement import Explanation
+from tagmem.domain.placement import Explanation, Request
 from tagmem.domain.records import (
     ApplianceRecord,
     AttachmentRecord,
     CapacityRecord,
     HostRecord,
     QuarantineRecord,
-    ReleasePlan,
 )
-from tagmem.domain.requests import explain, request_of
+from tagmem.domain.requests import request_of
 from tagmem.domain.state import State
 from tagmem.orchestrator import documents
-from tagmem.wire.agentapi import Desired
+from tagmem.wire.agentapi import Desired, Workload
 from tagmem.wire.rest import CandidateDocument, ExplanationDocument
 
-_AGENT_RUNGS = ("ask", "stop", "detach")
 
-
-class HasState(Protocol):
-    """The orchestrator's machine, as far as readers know it."""
+class Readable(Protocol):
+    """The orchestrator's machine (`domain/machine.py`), as far as readers know it."""
 
     state: State
+
+    def desired(self, host: str, tag: str) -> Wanted | None: ...
+
+    def explain(self, request: Request) -> Explanation: ...
 
 
 class MachineView:
     """A `documents.View` of a machine."""
 
-    def __init__(self, machine: HasState) -> None:
+    def __init__(self, machine: Readable) -> None:
         self._machine = machine
 
     @property
@@ -92,33 +93,34 @@ class MachineView:
 
     def explain(self, event: CreateCapacity) -> ExplanationDocument | Reply:
         """Where a request would go; what is wrong with it, where it can go nowhere at all."""
-        explained = explain(self._machine.state, request_of(event))
-        outcome = explained.reply.outcome
-        if not outcome.ok and not explained.candidates:
+        explained = self._machine.explain(request_of(event))
+        if not explained.reply.outcome.ok and not explained.candidates:
             return explained.reply
         return _document(explained)
 
     def desired(self, host: str, tag: str) -> Desired | None:
         """What the host is to reach for a tag; None once it has nothing to do with it any more."""
-        record = self.attachment(tag, host)
-        held = self.capacities.get(tag)
-        if record is None or held is None or record.state in attachments.OVER:
+        wanted = self._machine.desired(host, tag)
+        if wanted is None:
             return None
-        plan = record.release or ReleasePlan()
-        wanted = record.state in attachments.WANTED
+        spec = wanted.workload
         return Desired(
-            tag=tag,
-            revision=record.revision,
-            goal="attached" if wanted else "released",
-            appliance=record.appliance,
-            size_bytes=held.size_bytes,
-            tagged=held.tagged,
-            read_only=record.read_only,
-            extents=documents.dpas(self, held, record),
-            workload=documents.desired_workload(record),
-            up_to=plan.up_to if plan.up_to in _AGENT_RUNGS else _AGENT_RUNGS[-1],
-            deadlines_ns={rung: ladder.deadline_ns(plan, rung) for rung in _AGENT_RUNGS},
-            kill_holders=not wanted and ladder.rank(record.rung) >= ladder.rank("restart"),
+            tag=wanted.tag,
+            revision=wanted.revision,
+            goal="released" if wanted.released else "attached",
+            appliance=wanted.appliance,
+            size_bytes=wanted.size_bytes,
+            tagged=wanted.tagged,
+            read_only=wanted.read_only,
+            extents=wanted.extents,
+            workload=(
+                None
+                if spec is None
+                else Workload(spec.id, spec.command, spec.environment, spec.stop)
+            ),
+            up_to=wanted.up_to,
+            deadlines_ns=wanted.deadlines_ns,
+            kill_holders=wanted.kill_holders,
         )
 
 
