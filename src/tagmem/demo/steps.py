@@ -31,6 +31,18 @@ _FIRST, _SECOND = HOSTS
 _SAMPLES = 50
 _ATTEMPTS_MAX = 5
 _MAP_COLUMNS = 66
+_MEANS = {
+    "capacity.created": "placed and committed, before anybody outside knows of it",
+    "capacity.offered": "5604h answered: the host is being shown the extents",
+    "capacity.attached": "type 4 record: the host took them (4802h)",
+    "capacity.ready": "the host's DAX device is there",
+    "capacity.releasing": "the host is told to give it back",
+    "capacity.proved": "the host proved that nothing maps or holds it",
+    "attachment.released": "the host gave the extents back (4803h)",
+    "capacity.sanitising": "no host has it; the media are being wiped",
+    "capacity.released": "type 5 record: wiped, read back, free",
+}
+"""What the orchestrator's events say, for people who meet them for the first time."""
 
 
 class Mismatch(TagmemError):
@@ -230,26 +242,24 @@ class Steps:
             except UnknownThing:
                 pass  # asked twice, and done after the first
             self._moment("give back", "during")
-            rungs: list[str] = []
-            until(lambda: self._returned(rungs), "the tag comes back", 60.0)
-            self._say.fact("ladder", " -> ".join(rungs) if rungs else "ask (SIGTERM) was enough")
-            self._events(self._tag)
+            until(self._proved, "the tag comes back", 60.0)
+            events = self._events(self._tag)
+            rungs = [str(e.data["rung"]) for e in events if e.type == "capacity.rung"]
+            self._say.fact("ladder", " -> ".join(rungs))
             left = list(proof.holders_of_inode(status.st_dev, status.st_ino))
             self._check(not left, f"still held by {left}")
             self._check(not os.path.lexists(device), f"{device} is still there")
             self._say.proof("holders", "no process maps the bytes or has them open,")
-            came_to.append(f"climbed to {rungs[-1] if rungs else 'ask'}; nobody holds the bytes")
+            came_to.append(
+                f"released at rung {rungs[-1] if rungs else 'ask'}; nobody holds the bytes"
+            )
 
-    def _returned(self, rungs: list[str]) -> bool | None:
-        """True when no host has the tag any more; collects the rungs that were seen."""
-        try:
-            held = self._client.capacity(self._tag)
-        except UnknownThing:
-            return True
-        for attachment in held.attachments:
-            if attachment.rung and attachment.rung not in rungs:
-                rungs.append(attachment.rung)
-        return True if held.state == "sanitising" else None
+    def _proved(self) -> bool | None:
+        """True when the host has proved that it no longer uses the tag."""
+        return any(
+            event.type == "capacity.proved" and event.subject.partition("/")[0] == self._tag
+            for event in self._client.history(self._told_until)
+        ) or self._is_gone(self._tag)
 
     # ---- 7
 
@@ -354,16 +364,21 @@ class Steps:
     def _map(self) -> list[str]:
         return draw(insist(lambda: self._client.appliance_map(APPLIANCE)), _MAP_COLUMNS)
 
-    def _events(self, tag: str) -> None:
-        """Tell what the orchestrator recorded about a tag since this was last asked."""
+    def _events(self, tag: str) -> list[rest.EventDocument]:
+        """Tell, and return, what the orchestrator recorded about a tag since it was last asked."""
         happened = list(insist(lambda: list(self._client.history(self._told_until))))
         if not happened:
-            return
+            return []
         self._told_until = happened[-1].id
         ours = [event for event in happened if event.subject.partition("/")[0] == tag]
         for event in ours:
             at_ms = (event.time_ns - ours[0].time_ns) / 1e6
-            self._say.fact("event", f"{at_ms:+8.1f} ms  {event.type}")
+            facts = {name: event.data.get(name) for name in ("rung", "pid", "exit_code", "reason")}
+            meaning = _MEANS.get(event.type) or ", ".join(
+                f"{name} {value}" for name, value in facts.items() if value not in (None, "")
+            )
+            self._say.fact("", f"{at_ms:+7.1f} ms  {event.type:<20} {meaning}".rstrip())
+        return ours
 
     def _moment(self, step: str, moment: str) -> None:
         killed = self._chaos(step, moment)
