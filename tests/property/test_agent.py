@@ -202,9 +202,9 @@ class World(RuleBasedStateMachine):
         for _ in range(count):
             if self.channels[channel]:
                 effect = self.channels[channel].pop(0)
-                getattr(self, "do_" + type(effect).__name__)(effect)
+                getattr(self, "do_" + type(effect).__name__.lower())(effect)
 
-    def do_Answer(self, effect: r.Answer) -> None:
+    def do_answer(self, effect: r.Answer) -> None:
         offer, tag, spans = self.pending.pop(0)
         assert self.numbers.pop(effect.group) == offer, "answered out of order"
         assert effect.accepted in ((), spans)
@@ -213,16 +213,16 @@ class World(RuleBasedStateMachine):
             self.accepted[tag] = spans
         self.give(r.Answered("a0", effect.group, 0))
 
-    def do_Acknowledge(self, effect: r.Acknowledge) -> None:
+    def do_acknowledge(self, effect: r.Acknowledge) -> None:
         pass
 
-    def do_ReadDevice(self, effect: r.ReadDevice) -> None:
+    def do_readdevice(self, effect: r.ReadDevice) -> None:
         self.give(self.read(fresh=False))
 
-    def do_EndSession(self, effect: r.EndSession) -> None:
+    def do_endsession(self, effect: r.EndSession) -> None:
         pass
 
-    def do_ReturnExtents(self, effect: r.ReturnExtents) -> None:
+    def do_returnextents(self, effect: r.ReturnExtents) -> None:
         assert not self.holders[effect.tag], "returned while held"
         assert effect.tag not in self.named, "returned while it can be found by name"
         assert effect.tag not in self.running
@@ -232,27 +232,27 @@ class World(RuleBasedStateMachine):
         del self.accepted[effect.tag]
         self.give(r.Returned("a0", effect.tag, 0))
 
-    def do_Surface(self, effect: r.Surface) -> None:
+    def do_surface(self, effect: r.Surface) -> None:
         if effect.tag in self.accepted:
             self.named.add(effect.tag)
             self.give(r.Surfaced(effect.tag, effect.ticket, f"/{effect.tag}"))
         else:
             self.give(r.SurfaceFailed(effect.tag, effect.ticket, "the appliance does not list it"))
 
-    def do_Withdraw(self, effect: r.Withdraw) -> None:
+    def do_withdraw(self, effect: r.Withdraw) -> None:
         self.named.discard(effect.tag)
         self.give(r.Withdrawn(effect.tag, effect.ticket))
 
-    def do_CheckHolders(self, effect: r.CheckHolders) -> None:
+    def do_checkholders(self, effect: r.CheckHolders) -> None:
         held = [Holding(pid, "x", "maps") for pid in sorted(self.holders[effect.tag])]
         if effect.tag in self.running:
             held.append(Holding(1, "w", "maps"))
         self.give(r.HoldersChecked(effect.tag, effect.ticket, tuple(held), complete=True))
 
-    def do_KillHolders(self, effect: r.KillHolders) -> None:
+    def do_killholders(self, effect: r.KillHolders) -> None:
         self.holders[effect.tag].clear()
 
-    def do_Launch(self, effect: r.Launch) -> None:
+    def do_launch(self, effect: r.Launch) -> None:
         if effect.workload.id in self.launched:
             return
         assert effect.tag not in self.running, "two workloads at once"
@@ -261,7 +261,7 @@ class World(RuleBasedStateMachine):
         self.ended.pop(effect.tag, None)
         self.give(r.WorkloadChanged(effect.tag, WorkloadReport(effect.workload.id, "running", 1)))
 
-    def do_Signal(self, effect: r.Signal) -> None:
+    def do_signal(self, effect: r.Signal) -> None:
         if self.running.get(effect.tag) == effect.workload_id:
             if effect.how == "kill":
                 self.end_workload(effect.tag, 137)

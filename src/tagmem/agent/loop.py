@@ -195,6 +195,7 @@ class AgentMachine:
         link = self._link(event.appliance)
         link.read = True
         link.regions = event.regions
+        link.session = event.session
         if event.fresh:
             link.renew()
         held: dict[str, list[r.Extent]] = {}
@@ -595,7 +596,9 @@ class AgentMachine:
             if not self._device_known(state):
                 state.reason = f"appliance {state.appliance} is not connected"
             elif state.extents:
-                self._effects.append(r.ReturnExtents(0, state.appliance, tag, state.extents))
+                session = self._link(state.appliance).session
+                give = r.ReturnExtents(0, state.appliance, tag, state.extents, session)
+                self._effects.append(give)
         elif phase is Phase.RELEASED:
             state.dax_path, state.holders = "", ()
             state.reason = state.reason if state.lost else ""

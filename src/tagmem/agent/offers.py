@@ -35,6 +35,7 @@ class Link:
     def __init__(self) -> None:
         self.read = False
         """Its lists have been read in the present session."""
+        self.session = 0
         self.regions: tuple[Region, ...] = ()
         self.waiting: deque[Group] = deque()
         self.answering: dict[int, tuple[Part, ...]] = {}

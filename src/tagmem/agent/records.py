@@ -105,6 +105,7 @@ class DeviceRead(Event, frozen=True):
     held: tuple[Extent, ...]
     fresh: bool
     """A new session: groups offered in an earlier one are void, and will be offered again."""
+    session: int = 0
 
 
 class Offered(Event, frozen=True):
@@ -250,6 +251,8 @@ class ReturnExtents(_Volatile, frozen=True):
     appliance: str
     tag: str
     extents: tuple[Span, ...]
+    session: int = 0
+    """Good in this session only: after a new one the device's list is read first."""
 
 
 class Surface(_Volatile, frozen=True):
