@@ -166,3 +166,47 @@ class Media(Protocol):
         it cannot.
         """
         ...
+
+
+class DaxSource(msgspec.Struct, frozen=True):
+    """What a DAX device is made from."""
+
+    tag: str
+    region: int
+    size_bytes: int
+    align_bytes: int
+    read_only: bool
+    path: str
+    """Where the bytes can be linked from; empty where the layout gives no path."""
+    pieces: Sequence[MediaPiece]
+    """In the order of the tag's bytes."""
+
+
+class DaxDevices(Protocol):
+    """The DAX devices of a host, one per tag: found by name, taken out of sight, given up."""
+
+    def surface(self, source: DaxSource) -> str:
+        """Make the device of a tag exist, whole or not at all; its path. Idempotent.
+
+        Raises OSError, with a sentence, when it cannot be made.
+        """
+        ...
+
+    def withdraw(self, tag: str) -> tuple[str, ...]:
+        """Nobody finds the tag by name any more; files left beside the bytes go too, and are named.
+
+        Idempotent. Who has the bytes open keeps them. Raises OSError.
+        """
+        ...
+
+    def give_up(self, tag: str) -> None:
+        """The bytes are proved unused: let go of the device. Idempotent. Raises OSError."""
+        ...
+
+    def found(self) -> Mapping[str, str]:
+        """Tag to path of each device that can be found by name."""
+        ...
+
+    def identities(self, tag: str) -> Sequence[tuple[int, int]]:
+        """(device, inode) of what a holder of this tag would have open, as far as it is known."""
+        ...

@@ -319,6 +319,7 @@ class HostLink:
             early, self._early = self._early, []
             for group in early:
                 self._announce(group)
+            self._clear()
         if self._read_again:
             self._read_again = False
             self._read_list()

@@ -1,0 +1,230 @@
+"""DAX devices of an emulated host: a directory per tag that looks like sysfs and the device in one.
+
+    <run>/dax<region>.<n>/    dax<region>.<n> (the bytes), size, align, uuid, mode, read_only,
+    extents <run>/by-tag/<uuid>       a link to the bytes
+
+A device is built aside and renamed into place, and renamed aside before it is taken apart, so that
+nobody ever finds half of one. The bytes are a hard link of the appliance's file: an application
+that unlinks it, or puts a file of its own beside it, harms nobody else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import heapq
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tagmem.ports import DaxSource
+
+ATTRIBUTES = ("size", "align", "uuid", "mode", "read_only", "extents")
+_NEW = ".new-"
+_GONE = ".gone-"
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND = 1, 32, 4096
+_MNT_DETACH = 2
+
+
+class EmulatedDax:
+    """`ports.DaxDevices` in a run directory. One agent per run directory."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._by_tag = run / "by-tag"
+        self._names: dict[str, str] = {}
+        """Tag to the device's name."""
+        self._identities: dict[str, tuple[int, int]] = {}
+        """Kept from withdrawal until the device is given up: the bytes have no name then."""
+        self._free: dict[int, list[int]] = {}
+        self._next: dict[int, int] = {}
+        self._by_tag.mkdir(parents=True, exist_ok=True)
+        self._find()
+
+    def _find(self) -> None:
+        """Take up what an earlier agent left: whole devices stay, halves go."""
+        for entry in sorted(self._run.iterdir()):
+            if entry.name.startswith((_NEW, _GONE)):
+                self._remove(entry)
+            elif entry.name.startswith("dax") and (entry / "uuid").is_file():
+                tag = (entry / "uuid").read_text().strip()
+                self._names[tag] = entry.name
+                region, number = _numbers(entry.name)
+                self._next[region] = max(self._next.get(region, 1), number + 1)
+                self._link(tag, entry.name)
+        taken = set(self._names.values())
+        for region, following in self._next.items():
+            names = ((n, f"dax{region}.{n}") for n in range(1, following))
+            self._free[region] = [number for number, name in names if name not in taken]
+        for link in self._by_tag.iterdir():
+            if link.name not in self._names:
+                link.unlink()
+
+    def surface(self, source: DaxSource) -> str:
+        """Make the device of a tag; see `ports.DaxDevices`."""
+        name = self._names.get(source.tag)
+        if name is None:
+            name = self._build(source)
+        self._link(source.tag, name)
+        path = self._run / name / name
+        return str(path) if source.path else str(path.parent)
+
+    def _build(self, source: DaxSource) -> str:
+        name = self._take_name(source.region)
+        aside = self._run / (_NEW + name)
+        try:
+            aside.mkdir()
+            if source.path:
+                _place(source.path, aside / name, read_only=source.read_only)
+                status = os.stat(aside / name)
+                self._identities[source.tag] = (status.st_dev, status.st_ino)
+            for attribute, value in _attributes(source).items():
+                fd = os.open(aside / attribute, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+                try:
+                    os.write(fd, value.encode() + b"\n")
+                finally:
+                    os.close(fd)
+            os.rename(aside, self._run / name)
+        except OSError:
+            self._remove(aside)
+            self._give_name(name)
+            raise
+        self._names[source.tag] = name
+        return name
+
+    def _link(self, tag: str, name: str) -> None:
+        target = f"../{name}/{name}"
+        link = self._by_tag / tag
+        try:
+            if os.readlink(link) == target:
+                return
+        except FileNotFoundError:
+            pass
+        aside = self._by_tag / (_NEW + tag)
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(target)
+        os.rename(aside, link)
+
+    def withdraw(self, tag: str) -> tuple[str, ...]:
+        """Take the device out of sight; see `ports.DaxDevices`."""
+        name = self._names.get(tag)
+        (self._by_tag / tag).unlink(missing_ok=True)
+        if name is None:
+            return ()
+        device = self._run / name
+        try:
+            status = os.stat(device / name)
+            self._identities[tag] = (status.st_dev, status.st_ino)
+        except FileNotFoundError:
+            pass  # An application has unlinked it, or there is no path: what was seen first counts.
+        aside = self._run / (_GONE + name)
+        os.rename(device, aside)
+        del self._names[tag]
+        left = tuple(sorted(set(os.listdir(aside)) - {name, *ATTRIBUTES}))
+        self._remove(aside)
+        self._give_name(name)
+        return left
+
+    def give_up(self, tag: str) -> None:
+        """Forget the bytes; see `ports.DaxDevices`."""
+        self._identities.pop(tag, None)
+
+    def found(self) -> Mapping[str, str]:
+        """Tag to path."""
+        return {tag: str(self._run / name / name) for tag, name in self._names.items()}
+
+    def identities(self, tag: str) -> Sequence[tuple[int, int]]:
+        """Of the tag's bytes."""
+        identity = self._identities.get(tag)
+        if identity is None and (name := self._names.get(tag)) is not None:
+            try:
+                status = os.stat(self._run / name / name)
+            except FileNotFoundError:
+                return ()
+            identity = self._identities[tag] = (status.st_dev, status.st_ino)
+        return () if identity is None else (identity,)
+
+    # ---- names
+
+    def _take_name(self, region: int) -> str:
+        free = self._free.setdefault(region, [])
+        if free:
+            return f"dax{region}.{heapq.heappop(free)}"
+        number = self._next.get(region, 1)
+        self._next[region] = number + 1
+        return f"dax{region}.{number}"
+
+    def _give_name(self, name: str) -> None:
+        region, number = _numbers(name)
+        heapq.heappush(self._free.setdefault(region, []), number)
+
+    def _remove(self, directory: Path) -> None:
+        if not directory.exists():
+            return
+        for entry in os.scandir(directory):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+                continue
+            try:
+                os.unlink(entry.path)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                _unmount(entry.path)
+                os.unlink(entry.path)
+        os.rmdir(directory)
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    prefix = _GONE if name.startswith(_GONE) else ""
+    region, _, number = name.removeprefix(prefix).removeprefix("dax").partition(".")
+    return int(region), int(number)
+
+
+def _attributes(source: DaxSource) -> dict[str, str]:
+    pieces = [{"offset": piece.offset, "length": piece.length} for piece in source.pieces]
+    return {
+        "size": str(source.size_bytes),
+        "align": str(source.align_bytes),
+        "uuid": source.tag,
+        "mode": "devdax",
+        "read_only": "1" if source.read_only else "0",
+        "extents": json.dumps(pieces, separators=(",", ":")),
+    }
+
+
+def _place(source: str, target: Path, *, read_only: bool) -> None:
+    """Give the bytes at `source` another name, which cannot be written through if `read_only`."""
+    if read_only:
+        _mount_read_only(source, target)
+        return
+    try:
+        os.link(source, target, follow_symlinks=True)
+    except OSError as error:
+        if error.errno != errno.EXDEV or source.startswith("/proc/"):
+            raise
+        target.symlink_to(source)
+
+
+def _mount_read_only(source: str, target: Path) -> None:
+    """A bind mount: even root gets EROFS. Raises OSError where mounting is not allowed."""
+    target.touch()
+    for flags in (_MS_BIND, _MS_BIND | _MS_REMOUNT | _MS_RDONLY):
+        _libc("mount", source.encode(), os.fsencode(target), None, flags, None)
+
+
+def _unmount(target: str) -> None:
+    _libc("umount2", os.fsencode(target), _MNT_DETACH)
+
+
+def _libc(call: str, *arguments: object) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    converted = [
+        ctypes.c_ulong(argument) if isinstance(argument, int) else argument
+        for argument in arguments
+    ]
+    if getattr(libc, call)(*converted) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)} (a read-only tag needs it)")

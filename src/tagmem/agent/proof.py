@@ -1,0 +1,246 @@
+"""Who has the bytes of a tag: the proof that a release stands on.
+
+The kernel itself is asked first: a write lease is granted only on a file that nobody else has open,
+and a mapping counts as open, in every process, container and kernel subsystem alike. It takes
+microseconds and no look at any process, and it is given up at once. Where it is refused, or does
+not exist, one look through /proc serves all tags that wait: it names the holders, and it is a proof
+only when every process could be read. The look begins after the names are gone (see `phases`).
+
+Not seen: pages that were pinned (RDMA, vmsplice) by a process that has unmapped them since.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import signal
+from collections.abc import Collection, Sequence
+
+import msgspec
+
+from tagmem.ports import Holding
+
+F_SETSIG = 10
+"""Not in Python 3.11's fcntl module."""
+ROUNDS_MAX = 8
+"""Looks through /proc for processes that were born during the last look."""
+_DELETED = " (deleted)"
+_LINE = re.compile(
+    rb"^[0-9a-f]+-[0-9a-f]+ \S{4} [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([0-9]+)[ ]*(.*)$", re.MULTILINE
+)
+
+Identity = tuple[int, int]
+"""(device, inode)"""
+
+
+class Target(msgspec.Struct, frozen=True):
+    """One tag to be proved unused."""
+
+    tag: str
+    paths: tuple[str, ...]
+    """Where the agent itself can still open the bytes."""
+    identities: tuple[Identity, ...]
+    ours: tuple[str, ...]
+    """Directories of this host."""
+    shared: bool = False
+    """Other hosts on this machine have the same file: only what was opened under `ours` counts."""
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """Nobody and `complete`: proved."""
+
+    holders: tuple[Holding, ...] = ()
+    complete: bool = True
+    reason: str = ""
+
+
+class Prover:
+    """Looks for holders. `excluded` are processes that stand for the device: the appliances."""
+
+    def __init__(self, proc: str = "/proc") -> None:
+        self._proc = proc
+        self.excluded: set[int] = set()
+        self.looks = 0
+        """Looks through /proc so far."""
+
+    def check(self, targets: Sequence[Target]) -> dict[str, Proof]:
+        """Each tag's proof, or its holders."""
+        proofs: dict[str, Proof] = {}
+        left: list[tuple[Target, frozenset[Identity], bool]] = []
+        for target in targets:
+            identities = frozenset(target.identities) | _identities(target.paths)
+            if not identities:
+                # No bytes were ever within reach of this host, or there is no file to them.
+                proofs[target.tag] = Proof()
+                continue
+            leased = _lease(target.paths)
+            if leased:
+                proofs[target.tag] = Proof()
+            else:
+                left.append((target, identities, leased is False))
+        if left:
+            proofs.update(self._look(left))
+        return proofs
+
+    def _look(self, left: list[tuple[Target, frozenset[Identity], bool]]) -> dict[str, Proof]:
+        wanted = {identity for _, identities, _ in left for identity in identities}
+        look = _Look(self._proc, wanted)
+        look.run()
+        self.looks += 1
+        return {
+            target.tag: self._judge(target, identities, look, refused=refused)
+            for target, identities, refused in left
+        }
+
+    def _judge(
+        self, target: Target, identities: Collection[Identity], look: _Look, *, refused: bool
+    ) -> Proof:
+        holders: list[Holding] = []
+        of_device = False
+        for pid, name, how, identity, path in look.found:
+            if identity not in identities:
+                continue
+            if pid in self.excluded:
+                of_device = True
+            elif target.shared and not path.startswith(target.ours):
+                of_device = True  # Another host's; it proves its own release.
+            else:
+                holders.append(Holding(pid, name, how))
+        unique = tuple(sorted({(h.pid, h.name): h for h in holders}.values(), key=lambda h: h.pid))
+        if unique:
+            return Proof(unique, look.complete, look.reason)
+        if not look.complete:
+            return Proof((), complete=False, reason=look.reason)
+        if refused and not of_device and _lease(target.paths) is False:
+            reason = "the kernel says that it is open, and no process in /proc shows it"
+            return Proof((), complete=False, reason=reason)
+        return Proof()
+
+    def kill(self, target: Target) -> tuple[Holding, ...]:
+        """SIGKILL to each process that holds the tag now; who they were."""
+        identities = frozenset(target.identities) | _identities(target.paths)
+        look = _Look(self._proc, identities)
+        look.run()
+        proof = self._judge(target, identities, look, refused=False)
+        for holder in proof.holders:
+            try:
+                pidfd = os.pidfd_open(holder.pid)
+            except ProcessLookupError:
+                continue
+            try:
+                # The number may have passed to another process since; it is looked at once more.
+                again = _Look(self._proc, identities)
+                again.process(holder.pid)
+                if again.found:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            finally:
+                os.close(pidfd)
+        return proof.holders
+
+
+def _identities(paths: Sequence[str]) -> frozenset[Identity]:
+    found = set()
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        found.add((status.st_dev, status.st_ino))
+    return frozenset(found)
+
+
+def _lease(paths: Sequence[str]) -> bool | None:
+    """Whether nobody else has the file open; None when the kernel does not say."""
+    for path in paths:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            # An opener who comes now breaks the lease; the signal must be one that is ignored.
+            fcntl.fcntl(fd, F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+        else:
+            return True
+        finally:
+            os.close(fd)
+    return None
+
+
+class _Look:
+    """One look through /proc."""
+
+    def __init__(self, proc: str, wanted: Collection[Identity]) -> None:
+        self._proc = proc
+        self._wanted = frozenset(wanted)
+        self._inodes = {str(inode).encode() for _, inode in wanted}
+        self._unread: list[int] = []
+        self.found: list[tuple[int, str, str, Identity, str]] = []
+        self.complete = True
+        self.reason = ""
+
+    def run(self) -> None:
+        """Every process but ourselves; again for those born meanwhile."""
+        seen = {os.getpid()}
+        for _ in range(ROUNDS_MAX):
+            pids = {int(name) for name in os.listdir(self._proc) if name.isdecimal()} - seen
+            if not pids:
+                break
+            for pid in pids:
+                self.process(pid)
+            seen |= pids
+        else:
+            self._incomplete("processes are started faster than they can be looked at")
+        if self._unread:
+            shown = ", ".join(map(str, sorted(self._unread)[:8]))
+            self._incomplete(f"processes may not be read: {shown} ({len(self._unread)} in all)")
+
+    def _incomplete(self, reason: str) -> None:
+        self.complete, self.reason = False, reason
+
+    def process(self, pid: int) -> None:
+        """What one process has open and maps; one that has gone has nothing."""
+        try:
+            self._maps(pid)
+            self._descriptors(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        except PermissionError:
+            self._unread.append(pid)
+
+    def _maps(self, pid: int) -> None:
+        with open(f"{self._proc}/{pid}/maps", "rb") as file:
+            data = file.read()
+        if not data:
+            return
+        for major, minor, inode, path in _LINE.findall(data):
+            if inode in self._inodes:
+                identity = (os.makedev(int(major, 16), int(minor, 16)), int(inode))
+                if identity in self._wanted:
+                    self._add(pid, "maps", identity, os.fsdecode(path))
+
+    def _descriptors(self, pid: int) -> None:
+        directory = f"{self._proc}/{pid}/fd"
+        for name in os.listdir(directory):
+            try:
+                status = os.stat(f"{directory}/{name}")
+            except FileNotFoundError:
+                continue
+            identity = (status.st_dev, status.st_ino)
+            if identity in self._wanted:
+                path = os.readlink(f"{directory}/{name}")
+                self._add(pid, "open", identity, path)
+
+    def _add(self, pid: int, how: str, identity: Identity, path: str) -> None:
+        try:
+            with open(f"{self._proc}/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                name = file.read().strip()
+        except (FileNotFoundError, ProcessLookupError):
+            name = "?"
+        self.found.append((pid, name, how, identity, path.removesuffix(_DELETED)))
