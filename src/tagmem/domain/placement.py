@@ -2,10 +2,10 @@
 
 A *window* is one region of one appliance together with its pool. The windows that a set of hosts
 reaches and that suit a request are worked out once and kept until a registration or an appliance's
-state changes (`state.State.tiers`); a decision then looks at each window's free map only: the last
-of its sorted runs rejects it in one comparison, one bisect gives its best fit. The least left over
-wins; equal ones go to the lowest address, then to the first window in the order of appliance name
-and region.
+state changes (`state.State.tiers`). A decision among many windows then asks the index of all free
+lengths for the shortest that one of their pools has; among few, it looks into each. The least left
+over wins; equal ones go to the first window in the order of appliance name and region, and in it to
+the lowest address.
 
 Reasons are worked out only when somebody asks, or when nothing fits: that is what `examine` does.
 """
@@ -24,9 +24,14 @@ from tagmem.base.limits import EXTENTS_PER_CAPACITY_MAX
 from tagmem.base.units import Bytes, MediaOffset, format_size
 from tagmem.domain.outcome import Outcome, Reply
 from tagmem.domain.records import ApplianceState, Extent, RegionRecord, Sharing
-from tagmem.domain.region import START_BITS, Pool
+from tagmem.domain.region import START_BITS, LengthIndex, Pool
 
 _START_MASK = (1 << START_BITS) - 1
+
+SEARCHED_EACH = 8
+"""Up to so many windows, looking into each is quicker than the index."""
+LENGTHS_TRIED = 256
+"""After so many lengths that none of a tier's pools has, each pool is looked into."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -111,8 +116,29 @@ def unsuitable(window: Window, request: Request) -> Verdict | None:
     return None
 
 
-Tiers = tuple[tuple[Window, ...], ...]
-"""Windows in order of preference; a tier is used when nothing fits in those before it."""
+class Tier(NamedTuple):
+    """Windows of equal preference, prepared for the search by length."""
+
+    windows: tuple[Window, ...]
+    by_bit: dict[int, Window]
+    """The first window on each pool, by the pool's bit in the index."""
+    mask: int
+    block_bytes: Bytes
+    """The largest block of all; 0 where the index is of no use, as some window shows but a part."""
+
+
+Tiers = tuple[Tier, ...]
+"""In order of preference; a tier is used when nothing fits in those before it."""
+
+
+def tier(windows: Sequence[Window]) -> Tier:
+    """Prepare some windows."""
+    by_bit: dict[int, Window] = {}
+    for window in windows:
+        by_bit.setdefault(window.pool.bit, window)
+    whole = 0 not in by_bit and all(window.whole for window in windows)
+    block = max((window.pool.block_bytes for window in windows), default=0) if whole else 0
+    return Tier(tuple(windows), by_bit, sum(by_bit), block)
 
 
 def tiers(windows: Sequence[Window], request: Request) -> Tiers:
@@ -123,45 +149,71 @@ def tiers(windows: Sequence[Window], request: Request) -> Tiers:
     """
     fit = [w for w in windows if w.state is ApplianceState.READY and not unsuitable(w, request)]
     if request.sharing is not Sharing.NONE:
-        return (tuple(fit),)
-    plain = tuple(window for window in fit if not window.region.sharable)
-    rest = tuple(window for window in fit if window.region.sharable)
-    return (plain, rest) if rest else (plain,)
+        return (tier(fit),)
+    plain = [window for window in fit if not window.region.sharable]
+    rest = [window for window in fit if window.region.sharable]
+    return (tier(plain), tier(rest)) if rest else (tier(plain),)
 
 
-def place(choices: Tiers, size: Bytes, *, contiguous: bool) -> Choice | None:
-    """The best place for `size` bytes; None when there is none."""
-    for windows in choices:
-        found = _contiguous(windows, size)
+def place(
+    choices: Tiers, size: Bytes, *, contiguous: bool, index: LengthIndex | None = None
+) -> Choice | None:
+    """The best place for `size` bytes; None when there is none. With or without the index of all
+    free lengths the answer is the same.
+    """
+    for one in choices:
+        if index is None or len(one.windows) <= SEARCHED_EACH:
+            found = _contiguous(one.windows, size)
+        else:
+            found = _by_length(one, size, index)
         if found is not None:
             return found
     if not contiguous:
-        for windows in choices:
-            found = _scattered(windows, size)
+        for one in choices:
+            found = _scattered(one.windows, size)
             if found is not None:
                 return found
     return None
 
 
+def _by_length(one: Tier, size: Bytes, index: LengthIndex) -> Choice | None:
+    """Look for the shortest length that a pool of the tier has, rather than into each pool."""
+    if not one.block_bytes or size % one.block_bytes:
+        return _contiguous(one.windows, size)
+    lengths = index.lengths
+    at = bisect_left(lengths, size)
+    for length in lengths[at : at + LENGTHS_TRIED]:
+        hit = index.masks[length] & one.mask
+        if hit:
+            window = one.by_bit[hit & -hit]
+            runs = window.pool.free.runs
+            run = runs[bisect_left(runs, length << START_BITS)]
+            return Choice(window, (Extent(MediaOffset(run & _START_MASK), size),))
+    if at + LENGTHS_TRIED >= len(lengths):
+        return None
+    return _contiguous(one.windows, size)
+
+
 def _contiguous(windows: Sequence[Window], size: Bytes) -> Choice | None:
     want = size << START_BITS
-    best = -1
+    best = best_length = 0
     chosen: Window | None = None
     for window in windows:
         pool = window.pool
         runs = pool.free.runs
         if not runs or runs[-1] < want or size % pool.block_bytes:
             continue
-        run = runs[bisect_left(runs, want)]
-        if chosen is not None and best <= run:
-            continue
-        if not window.whole:
+        if window.whole:
+            run = runs[bisect_left(runs, want)]
+        else:
             run = pool.free.best_run(size, window.region.size_bytes)
-            if run < 0 or (chosen is not None and best <= run):
+            if run < 0:
                 continue
-        best, chosen = run, window
-        if run >> START_BITS == size:
-            break
+        length = run >> START_BITS
+        if chosen is None or length < best_length:
+            best, best_length, chosen = run, length, window
+            if length == size:
+                break
     if chosen is None:
         return None
     return Choice(chosen, (Extent(MediaOffset(best & _START_MASK), size),))

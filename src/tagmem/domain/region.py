@@ -5,6 +5,10 @@ pool). Free runs are kept twice: by start, to merge neighbours, and by length, t
 Both are sorted lists under bisect: inserting moves memory, which for the 10^4 runs that a pool may
 have costs a few microseconds, less than any tree in Python would.
 
+Across pools, a `LengthIndex` knows for each length that some free run has which pools have one, as
+a bit mask. Without it a decision would have to search each of 256 pools, and with a million runs
+those searches are cache misses.
+
 A run is also one integer, `length << 64 | start`: integers compare faster than tuples, and the
 smallest one not below `size << 64` *is* the best fit, lowest address first.
 """
@@ -22,10 +26,39 @@ START_BITS = 64
 _START_MASK = (1 << START_BITS) - 1
 
 
+class LengthIndex:
+    """Which pools have a free run of which length."""
+
+    __slots__ = ("lengths", "masks")
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        """Every length that some free run has, ascending."""
+        self.masks: dict[int, int] = {}
+        """For each, the bits of the pools that have one."""
+
+    def add(self, length: int, bit: int) -> None:
+        """A pool has a run of this length (or another one)."""
+        mask = self.masks.get(length)
+        if mask is None:
+            insort(self.lengths, length)
+            mask = 0
+        self.masks[length] = mask | bit
+
+    def drop(self, length: int, bit: int) -> None:
+        """A pool has no run of this length any more."""
+        mask = self.masks[length] & ~bit
+        if mask:
+            self.masks[length] = mask
+        else:
+            del self.masks[length]
+            del self.lengths[bisect_left(self.lengths, length)]
+
+
 class FreeMap:
     """The free runs of one pool, merged and sorted."""
 
-    __slots__ = ("_ends", "_starts", "free_bytes", "runs", "size_bytes")
+    __slots__ = ("_bit", "_ends", "_index", "_starts", "free_bytes", "runs", "size_bytes")
 
     def __init__(self, size_bytes: Bytes, used: Iterable[Extent] = ()) -> None:
         """Raises InvariantViolated when `used` leaves the pool; overlaps in it are taken once."""
@@ -35,6 +68,8 @@ class FreeMap:
         self.runs: list[int] = []
         """Every free run as `length << 64 | start`, shortest first; read by placement."""
         self.free_bytes = 0
+        self._index: LengthIndex | None = None
+        self._bit = 0
         at = 0
         for extent in normal(used):
             if extent.start < 0 or extent.end > size_bytes:
@@ -51,6 +86,16 @@ class FreeMap:
         self._ends[start] = end
         self.runs.append((end - start) << START_BITS | start)
         self.free_bytes += end - start
+
+    def join(self, index: LengthIndex | None, bit: int) -> None:
+        """Keep `index` told of the lengths of this pool's runs, under `bit`; None: of nothing."""
+        if self._index is not None:
+            for length in {run >> START_BITS for run in self.runs}:
+                self._index.drop(length, self._bit)
+        self._index, self._bit = index, bit
+        if index is not None:
+            for length in {run >> START_BITS for run in self.runs}:
+                index.add(length, bit)
 
     @property
     def largest_bytes(self) -> Bytes:
@@ -161,22 +206,45 @@ class FreeMap:
         self._ends[start] = end
         insort(self.runs, (end - start) << START_BITS | start)
         self.free_bytes += end - start
+        if self._index is not None:
+            self._index.add(end - start, self._bit)
 
     def _drop(self, index: int, start: int, end: int) -> None:
         del self._starts[index]
         del self._ends[start]
-        del self.runs[bisect_left(self.runs, (end - start) << START_BITS | start)]
-        self.free_bytes -= end - start
+        length, runs = end - start, self.runs
+        at = bisect_left(runs, length << START_BITS | start)
+        del runs[at]
+        self.free_bytes -= length
+        if self._index is None:
+            return
+        # Runs of one length are neighbours in `runs`, so two looks tell whether this was the last.
+        after = at < len(runs) and runs[at] >> START_BITS == length
+        before = at > 0 and runs[at - 1] >> START_BITS == length
+        if not (after or before):
+            self._index.drop(length, self._bit)
 
 
 class Pool:
     """One pool of one appliance: what is free, and whose the rest is."""
 
-    __slots__ = ("_starts", "_taken", "block_bytes", "free", "quarantined", "used_bytes")
+    __slots__ = (
+        "_index",
+        "_starts",
+        "_taken",
+        "bit",
+        "block_bytes",
+        "free",
+        "quarantined",
+        "used_bytes",
+    )
 
     def __init__(self, size_bytes: Bytes, block_bytes: Bytes) -> None:
         self.block_bytes = block_bytes
         self.free = FreeMap(size_bytes)
+        self.bit = 0
+        """This pool's bit in the length index."""
+        self._index: LengthIndex | None = None
         self.quarantined: tuple[Extent, ...] = ()
         """Bytes that something unknown holds; neither free nor ours."""
         self.used_bytes = 0
@@ -197,9 +265,16 @@ class Pool:
             end = extent.end
         self.used_bytes = sum(extent.length for extent, _ in ordered)
         self.quarantined = normal(quarantined)
+        self.free.join(None, 0)
         self.free = FreeMap(
             self.free.size_bytes, [*(extent for extent, _ in ordered), *self.quarantined]
         )
+        self.free.join(self._index, self.bit)
+
+    def join(self, index: LengthIndex | None, bit: int) -> None:
+        """Take part in an index of lengths under `bit`."""
+        self._index, self.bit = index, bit
+        self.free.join(index, bit)
 
     def reserve(self, extents: Sequence[Extent], owner: str) -> None:
         """Set extents aside for `owner`. Raises InvariantViolated when a byte is not free."""

@@ -93,7 +93,9 @@ def create(turn: Turn, event: CreateCapacity) -> Reply:
         detail = "an appliance lists this tag, and not from here; see the quarantine"
         return refusal(Outcome.TAG_IS_QUARANTINED, event.tag, detail)
     request = request_of(event)
-    choice = placement.place(state.tiers(request), event.size_bytes, contiguous=event.contiguous)
+    choice = placement.place(
+        state.tiers(request), event.size_bytes, contiguous=event.contiguous, index=state.lengths
+    )
     if choice is None:
         return replace(explain(state, request).reply, subject=event.tag)
     _create(turn, event, digest, choice)
@@ -122,7 +124,7 @@ def explain(state: State, request: Request) -> Explanation:
     if wrong is not None:
         return Explanation(wrong, None, ())
     choice = placement.place(
-        state.tiers(request), request.size_bytes, contiguous=request.contiguous
+        state.tiers(request), request.size_bytes, contiguous=request.contiguous, index=state.lengths
     )
     reach = state.reachable(request.hosts)
     candidates = placement.examine(state.windows(), request, reach, choice)

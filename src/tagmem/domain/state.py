@@ -28,7 +28,7 @@ from tagmem.domain.records import (
     QuarantineRecord,
     RegionRecord,
 )
-from tagmem.domain.region import Pool
+from tagmem.domain.region import LengthIndex, Pool
 from tagmem.ports import Effect, Loaded
 
 PoolKey = tuple[ApplianceId, int]
@@ -59,6 +59,7 @@ class State:
         self.by_appliance: dict[str, dict[str, None]] = {}
         """The tags of each appliance's capacities."""
         self.pools: dict[PoolKey, Pool] = {}
+        self.lengths = LengthIndex()
         self.ld_hosts: dict[tuple[str, int], HostId] = {}
         self.quarantined_tags: set[str] = set()
         self._pending: dict[tuple[type[Effect], str, str], int] = {}
@@ -287,6 +288,7 @@ class State:
             self._index_lds(record)
             self._make_pools(record)
             self.fill_pools()
+            self._index_lengths()
 
     def _index_lds(self, record: ApplianceRecord) -> None:
         self._lds = {k: v for k, v in self._lds.items() if k[0] != record.id}
@@ -294,6 +296,8 @@ class State:
 
     def _make_pools(self, record: ApplianceRecord) -> None:
         self._regions = {k: v for k, v in self._regions.items() if k[0] != record.id}
+        for gone in [key for key in self.pools if key[0] == record.id]:
+            del self.pools[gone]
         for pool in {region.pool for region in record.regions}:
             shown = [region for region in record.regions if region.pool == pool]
             self.pools[record.id, pool] = Pool(
@@ -302,6 +306,21 @@ class State:
             )
             self._stale_pools.add((record.id, pool))
         self._regions.update({(record.id, r.index): r for r in record.regions})
+
+    def _index_lengths(self) -> None:
+        """Give each pool its bit, in the order of appliance name and region, so that ties are
+        broken alike after a restart.
+        """
+        self.lengths = LengthIndex()
+        ordered = dict.fromkeys(
+            (record.id, region.pool)
+            for _, record in sorted(self.appliances.items())
+            for region in sorted(record.regions, key=lambda region: region.index)
+        )
+        for pool in self.pools.values():
+            pool.join(None, 0)
+        for place, key in enumerate(ordered):
+            self.pools[key].join(self.lengths, 1 << place)
 
     def _apply_host(self, key: str, record: HostRecord | None) -> None:
         old = self.hosts.get(key)
@@ -371,6 +390,7 @@ class State:
         state.quarantined_tags = {q.tag for q in state.quarantines.values()}
         state.idempotency = dict(sorted(state.idempotency.items(), key=lambda i: i[1].at_ns))
         state.fill_pools()
+        state._index_lengths()
         for effect in loaded.outbox:
             state.add_effect(effect)
         state.last_effect_id = loaded.last_effect_id
