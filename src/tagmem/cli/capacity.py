@@ -108,11 +108,12 @@ def create(
             document = client.capacity(named)
             return ready(document)
 
-        show_one(
-            ready(document)
-            or progress.until(look, lambda: f"not ready in {timeout:g} s: {pending(document)}"),
-            settings,
+        done = ready(document) or progress.until(
+            look, lambda: f"not ready in {timeout:g} s: {pending(document)}"
         )
+        for attachment in done.attachments:
+            progress.say(f"ready on {attachment.host}: {attachment.dax_path}")
+        show_one(done, settings)
 
 
 def new_tag() -> str:
@@ -241,6 +242,7 @@ def attach(
             return ready(document, (host,))
 
         done = progress.until(look, lambda: f"not ready in {timeout:g} s: {pending(document)}")
+        progress.say(f"ready on {host}")
         show_one(done, settings)
 
 

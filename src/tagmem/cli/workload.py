@@ -38,12 +38,20 @@ _RELAY_BYTES = 64 * 1024
 _RELAY_SECONDS = 0.05
 
 
+class Run(Command):
+    """Ends its own options at `--`; without one, at the first word of the command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, knowing where the command begins."""
+        ctx.allow_interspersed_args = "--" in args
+        return super().parse_args(ctx, args)
+
+
 @click.command(
     "run",
-    cls=Command,
+    cls=Run,
     short_help="Run a command on a tag.",
     example="tagmem run $TAG -- memcached -u nobody -e {dax} -m 1024",
-    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
 )
 @tag_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

@@ -236,5 +236,5 @@ def test_waiting_for_who_stays_away_ends(api: FakeApi, client: Client) -> None:
     def look() -> str | None:
         raise Unreachable("gone")
 
-    with pytest.raises(Unreachable, match="gone|stays away"):
+    with pytest.raises(Unreachable, match=r"gone|stays away"):
         client.wait(look, after=0, timeout=5)
