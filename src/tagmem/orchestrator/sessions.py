@@ -252,7 +252,7 @@ class Sessions:
                 raise SessionRefused("a second Hello: open a new session instead")
             if session.closing is not None:
                 return
-            event = _translate(session.host, observed)
+            event = observed_event(session.host, observed)
             in_flight += 1
             if in_flight < OBSERVED_IN_FLIGHT_MAX:
                 self._engine.post(event)
@@ -307,7 +307,7 @@ def _check_hello(host: HostId, hello: Hello) -> None:
             raise SessionRefused(f"links.{appliance}: must be 0 to 65535, got {ld}")
 
 
-def _translate(host: HostId, observed: Observed) -> HostObserved:
+def observed_event(host: HostId, observed: Observed) -> HostObserved:
     """An observation as the machine takes it, with every text bounded."""
     try:
         tag = parse_tag(observed.tag)
