@@ -86,4 +86,21 @@ def _appliance(layout: Layout) -> str:
 
 
 def _host(layout: Layout, host: str) -> str:
-    raise NotImplementedError
+    return f"""\
+# The agent of host {host}: answers offers, surfaces DAX devices, runs workloads, proves release.
+name = "{host}"
+run = "{layout.run_dir(host)}"
+state = "{layout.data(host)}"
+orchestrator = "unix:{layout.api_socket}"
+
+# Its port on the appliance, and where the appliance links the bytes that it has accepted.
+[[appliance]]
+name = "{APPLIANCE}"
+socket = "{layout.port_socket(host)}"
+ld = {HOSTS.index(host)}
+directory = "{layout.exposed(host)}"
+
+# What it accepts; an offer outside is refused, with the reason.
+[limits]
+align = "2MiB"
+"""

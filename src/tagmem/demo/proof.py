@@ -93,6 +93,16 @@ def holders_of_inode(device: int, inode: int) -> Iterator[tuple[int, str]]:
             yield int(entry), name
 
 
+def parent(pid: int) -> int:
+    """The parent of a process; 0 when it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    # The name, in brackets, may hold anything; what follows it are numbers.
+    return int(text.rpartition(")")[2].split()[1])
+
+
 def _holds(pid: str, device: int, inode: int) -> bool:
     number = f"{os.major(device):02x}:{os.minor(device):02x}"
     try:
