@@ -1,0 +1,95 @@
+"""`host.toml`, checked key by key: what is not known is an error, because it was meant to do
+something.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from tagmem.agent.policy import Limits
+from tagmem.base.errors import InvalidInput
+from tagmem.base.ids import parse_name
+from tagmem.base.limits import DAX_ALIGN_BYTES
+from tagmem.base.units import MILLISECOND, Dpa, parse_size
+
+
+class Appliance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One `[[appliance]]`."""
+
+    name: str
+    socket: str
+    ld: int
+    directory: str = ""
+    """Where the appliance links the bytes that this host has accepted."""
+
+
+class LimitsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[limits]`."""
+
+    highest_address: int | str = (1 << 52) - 1
+    align: int | str = DAX_ALIGN_BYTES
+    devices: int = 65_536
+    expect_grace_ms: int = 2_000
+
+
+class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    name: str
+    run: str
+    state: str
+    orchestrator: str
+    """`http://HOST:PORT`, or `unix:PATH` for the API's Unix socket."""
+    appliance: tuple[Appliance, ...] = ()
+    limits: LimitsSection = LimitsSection()
+    use_cgroup: bool = True
+
+    def policy(self) -> Limits:
+        """The limits in the loop's units."""
+        return Limits(
+            highest_dpa=Dpa(_size(self.limits.highest_address, "limits.highest_address")),
+            align_bytes=_size(self.limits.align, "limits.align"),
+            devices_max=self.limits.devices,
+            expect_grace_ns=self.limits.expect_grace_ms * MILLISECOND,
+        )
+
+
+def _size(value: int | str, field: str) -> int:
+    return value if isinstance(value, int) else parse_size(value, field)
+
+
+def parse(text: str, source: str = "host.toml") -> HostConfig:
+    """Raises InvalidInput that names the key, the limit and the value."""
+    try:
+        config = msgspec.convert(tomllib.loads(text), HostConfig)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(source, f"TOML ({error})", text[:40]) from None
+    except msgspec.ValidationError as error:
+        raise InvalidInput(source, "a host configuration", str(error)) from None
+    parse_name(config.name, f"{source}: name")
+    seen: set[str] = set()
+    for appliance in config.appliance:
+        parse_name(appliance.name, f"{source}: appliance.name")
+        if appliance.name in seen:
+            raise InvalidInput(f"{source}: appliance.name", "given once", appliance.name)
+        seen.add(appliance.name)
+        if not 0 <= appliance.ld < 0xFFFF:
+            raise InvalidInput(f"{source}: appliance.ld", "0 to 65534", appliance.ld)
+    align = config.policy().align_bytes
+    if align <= 0 or align & (align - 1):
+        raise InvalidInput(f"{source}: limits.align", "a power of two", align)
+    if config.limits.devices < 1:
+        raise InvalidInput(f"{source}: limits.devices", "at least 1", config.limits.devices)
+    return config
+
+
+def load(path: Path) -> HostConfig:
+    """Raises InvalidInput; also when the file cannot be read."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise InvalidInput("config", f"a readable file ({error.strerror})", str(path)) from None
+    return parse(text, path.name)

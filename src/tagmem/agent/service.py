@@ -1,0 +1,313 @@
+"""The shell of the host agent: one engine, a connection per appliance, a session, and three
+workers.
+
+Each worker is a thread that takes all orders that wait and carries them out in their order, so a
+burst of releases costs one look through /proc. Orders for one tag's device never overtake each
+other: a surfacing that had to wait for the appliance is dropped when something newer has been
+ordered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tagmem.agent import records as r
+from tagmem.agent.config import HostConfig
+from tagmem.agent.connection import Connection, close_quietly
+from tagmem.agent.loop import AgentMachine
+from tagmem.agent.mailbox import HostLink, MediaAnswer
+from tagmem.agent.proof import Prover, Target
+from tagmem.agent.session import OrchestratorSession
+from tagmem.agent.workloads import Workloads
+from tagmem.engine import Engine
+from tagmem.ports import Clock, DaxDevices, DaxSource, Effect, Event, MediaPiece, Store
+from tagmem.wire.agentapi import Hello, WorkloadReport
+from tagmem.wire.cci import ReturnCode, return_code_name
+from tagmem.wire.vendor import MediaLayout
+
+log = logging.getLogger(__name__)
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Worker:
+    """A thread that carries out batches of orders, in their order."""
+
+    def __init__(self, name: str, work: Callable[[list[Effect]], None]) -> None:
+        self._name = name
+        self._work = work
+        self._orders: list[Effect] = []
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    def order(self, effect: Effect) -> None:
+        """Queue an order; at most a few per tag can wait."""
+        self._orders.append(effect)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            taken, self._orders = self._orders, []
+            await loop.run_in_executor(self._thread, self._work, taken)
+
+
+class HostService:
+    """The agent of one host, built from explicit adapters; `run` until cancelled."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        store: Store,
+        clock: Clock,
+        devices: DaxDevices,
+        workloads: Workloads,
+        prover: Prover,
+    ) -> None:
+        self._config = config
+        self._devices = devices
+        self._workloads = workloads
+        self._prover = prover
+        self.engine = Engine(AgentMachine(config.policy()), store, clock, self._perform)
+        hello = Hello(
+            config.name, _BOOT_ID.read_text().strip(), {a.name: a.ld for a in config.appliance}
+        )
+        self.session = OrchestratorSession(config.orchestrator, hello, self.engine.post)
+        self._directories = {a.name: a.directory for a in config.appliance}
+        self.connections = {
+            a.name: Connection(HostLink(a.name), a.socket, clock, self.engine.post, self._media)
+            for a in config.appliance
+        }
+        self._tickets: dict[str, int] = {}
+        self._surfacing: dict[str, r.Surface] = {}
+        self._media_kept: dict[str, int] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._device_worker = Worker("devices", self._work_devices)
+        self._proof_worker = Worker("proof", self._work_proofs)
+        self._workload_worker = Worker("workloads", self._work_workloads)
+
+    async def run(self) -> None:
+        """Take up what an earlier agent left, then serve."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.restore()
+        adopted = self._workloads.adopt()
+        self.engine.post(r.Started(dict(self._devices.found()), adopted))
+        for tag, report in adopted.items():
+            if report.state == "running":
+                self._watch(tag, report.id)
+        parts: list[Coroutine[Any, Any, None]] = [
+            self.engine.run(),
+            self.session.run(),
+            *(connection.run() for connection in self.connections.values()),
+            *(w.run() for w in (self._device_worker, self._proof_worker, self._workload_worker)),
+        ]
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(part)
+
+    def _post(self, event: Event) -> None:
+        """From a worker's thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.engine.post, event)
+
+    # ---- effects
+
+    def _perform(self, effect: Effect) -> None:
+        if isinstance(effect, r.Report):
+            self.session.push(effect.observed)
+        elif isinstance(effect, r.Surface):
+            self._surface(effect)
+        elif isinstance(effect, r.Withdraw):
+            self._tickets[effect.tag] = effect.ticket
+            self._device_worker.order(effect)
+        elif isinstance(effect, r.ReturnExtents):
+            self._device_worker.order(effect)
+        elif isinstance(effect, r.CheckHolders | r.KillHolders):
+            self._proof_worker.order(effect)
+        elif isinstance(effect, r.Launch | r.Signal):
+            self._workload_worker.order(effect)
+        elif isinstance(effect, r.EndSession):
+            self.session.hang_up(effect.reason)
+        elif isinstance(effect, r.Answer | r.Acknowledge | r.ReadDevice):
+            connection = self.connections.get(effect.appliance)
+            if connection is not None:
+                connection.perform(effect)
+
+    def _source_path(self, appliance: str, tag: str) -> str:
+        directory = self._directories.get(appliance, "")
+        path = os.path.join(directory, tag) if directory else ""
+        return path if path and os.path.exists(path) else ""
+
+    def _surface(self, effect: r.Surface) -> None:
+        self._tickets[effect.tag] = effect.ticket
+        if not effect.read_only and self._source_path(effect.appliance, effect.tag):
+            self._device_worker.order(effect)
+            return
+        self._surfacing[effect.tag] = effect
+        connection = self.connections.get(effect.appliance)
+        if connection is None or not connection.ask_media(effect.tag):
+            reason = f"appliance {effect.appliance} is not connected"
+            self.engine.post(r.SurfaceFailed(effect.tag, effect.ticket, reason))
+
+    def _media(self, answer: MediaAnswer, descriptor: int) -> None:
+        """The appliance has said where the bytes of a tag are."""
+        effect = self._surfacing.pop(answer.tag, None)
+        if effect is None or answer.media is None:
+            close_quietly(descriptor)
+            if effect is not None:
+                reason = f"its media: {return_code_name(answer.code)}"
+                self.engine.post(r.SurfaceFailed(effect.tag, effect.ticket, reason))
+            return
+        close_quietly(self._media_kept.pop(answer.tag, -1))
+        if descriptor >= 0:
+            self._media_kept[answer.tag] = descriptor
+        pieces = tuple(MediaPiece(p.media_offset, p.length_bytes) for p in answer.media.pieces)
+        path = ""
+        if answer.media.layout is MediaLayout.BY_TAG and descriptor >= 0:
+            path = f"/proc/self/fd/{descriptor}"
+        self._device_worker.order(_Placed(0, effect, path, pieces))
+
+    # ---- in the device worker's thread
+
+    def _work_devices(self, orders: list[Effect]) -> None:
+        for order in orders:
+            if isinstance(order, r.Surface):
+                path = self._source_path(order.appliance, order.tag)
+                self._make(order, path, (MediaPiece(0, order.size_bytes),))
+            elif isinstance(order, _Placed):
+                self._make(order.surface, order.path, order.pieces)
+                if order.path:
+                    close_quietly(self._media_kept.pop(order.surface.tag, -1))
+            elif isinstance(order, r.Withdraw):
+                self._withdraw(order)
+            elif isinstance(order, r.ReturnExtents):
+                self._return(order)
+
+    def _make(self, order: r.Surface, path: str, pieces: tuple[MediaPiece, ...]) -> None:
+        if self._tickets.get(order.tag) != order.ticket:
+            return
+        align = self._config.policy().align_bytes
+        source = DaxSource(
+            order.tag, order.region, order.size_bytes, align, order.read_only, path, pieces
+        )
+        try:
+            found = self._devices.surface(source)
+        except OSError as error:
+            reason = f"{error.strerror} ({error.filename})" if error.filename else str(error)
+            self._post(r.SurfaceFailed(order.tag, order.ticket, reason))
+            return
+        self._post(r.Surfaced(order.tag, order.ticket, found))
+
+    def _withdraw(self, order: r.Withdraw) -> None:
+        try:
+            left = self._devices.withdraw(order.tag)
+        except OSError as error:
+            self._post(r.WithdrawFailed(order.tag, order.ticket, str(error)))
+            return
+        self._post(r.Withdrawn(order.tag, order.ticket, left))
+
+    def _return(self, order: r.ReturnExtents) -> None:
+        assert self._loop is not None
+        close_quietly(self._media_kept.pop(order.tag, -1))
+        try:
+            self._devices.give_up(order.tag)
+        except OSError as error:
+            log.warning("tag %s: the device could not be let go: %s", order.tag, error)
+            self._post(r.Returned(order.appliance, order.tag, ReturnCode.INTERNAL_ERROR))
+            return
+        connection = self.connections.get(order.appliance)
+        if connection is not None:
+            self._loop.call_soon_threadsafe(connection.perform, order)
+
+    # ---- in the proof worker's thread
+
+    def _target(self, order: r.CheckHolders | r.KillHolders) -> Target:
+        directory = self._directories.get(order.appliance, "")
+        path = self._source_path(order.appliance, order.tag)
+        ours = tuple(os.path.join(d, "") for d in (self._config.run, directory) if d)
+        identities = tuple(self._devices.identities(order.tag))
+        return Target(order.tag, (path,) if path else (), identities, ours, order.shared)
+
+    def _work_proofs(self, orders: list[Effect]) -> None:
+        self._prover.excluded = {c.peer_pid for c in self.connections.values() if c.peer_pid}
+        checks = {o.tag: o for o in orders if isinstance(o, r.CheckHolders)}
+        for order in orders:
+            if isinstance(order, r.KillHolders):
+                for holder in self._prover.kill(self._target(order)):
+                    log.warning("tag %s: killed %d (%s)", order.tag, holder.pid, holder.name)
+        if not checks:
+            return
+        proofs = self._prover.check([self._target(order) for order in checks.values()])
+        for tag, proof in proofs.items():
+            checked = r.HoldersChecked(
+                tag, checks[tag].ticket, proof.holders, proof.complete, proof.reason
+            )
+            self._post(checked)
+
+    # ---- in the workload worker's thread
+
+    def _work_workloads(self, orders: list[Effect]) -> None:
+        assert self._loop is not None
+        for order in orders:
+            if isinstance(order, r.Launch):
+                report = self._launch(order)
+                self._post(r.WorkloadChanged(order.tag, report))
+                if report.state == "running":
+                    self._loop.call_soon_threadsafe(self._watch, order.tag, report.id)
+            elif isinstance(order, r.Signal):
+                report = self._workloads.stop(order.tag, order.workload_id, order.how)
+                if report.state != "running":
+                    self._post(r.WorkloadChanged(order.tag, report))
+            elif isinstance(order, _Ended):
+                report = self._workloads.look(order.tag, order.workload_id)
+                self._post(r.WorkloadChanged(order.tag, report))
+
+    def _launch(self, order: r.Launch) -> WorkloadReport:
+        workload = order.workload
+        try:
+            return self._workloads.launch(order.tag, workload, order.dax_path, order.size_bytes)
+        except (OSError, ValueError) as error:
+            return WorkloadReport(workload.id, "failed", reason=f"it could not be started: {error}")
+
+    def _watch(self, tag: str, workload_id: str) -> None:
+        """On the loop: be told of a workload's end."""
+        loop = asyncio.get_running_loop()
+        pidfd = self._workloads.watch(tag, workload_id)
+        if pidfd is None:
+            self._workload_worker.order(_Ended(0, tag, workload_id))
+            return
+
+        def ended() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            self._workload_worker.order(_Ended(0, tag, workload_id))
+
+        loop.add_reader(pidfd, ended)
+
+
+class _Ended(Effect, frozen=True):
+    """A workload's process has ended: read how."""
+
+    durable = False
+
+    tag: str
+    workload_id: str
+
+
+class _Placed(Effect, frozen=True):
+    """Surface, now that the appliance has said where the bytes are."""
+
+    durable = False
+
+    surface: r.Surface
+    path: str
+    pieces: tuple[MediaPiece, ...]
