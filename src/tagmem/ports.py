@@ -7,7 +7,7 @@ engine commits its changes before any of its effects is carried out (persist, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -141,29 +141,85 @@ class MediaPiece(msgspec.Struct, frozen=True, gc=False):
     length: int
 
 
+class Wiped(msgspec.Struct, frozen=True):
+    """What a sanitising did: `punched` or overwritten, and how many bytes of it were read back as
+    zero.
+    """
+
+    punched: bool
+    sanitised_bytes: int
+    read_back_bytes: int
+
+
 class Media(Protocol):
-    """Backing memory of an appliance. Allocation ids are chosen by the device and never reused."""
+    """Backing memory of an appliance. `allocation` names the bytes of one tag; the device chooses
+    it.
+    """
+
+    def positions(self, pieces: Iterable[tuple[int, int, int]]) -> tuple[MediaPiece, ...]:
+        """Where pieces (pool offset, length, offset in the allocation) stand in the medium's
+        file.
+        """
+        ...
 
     def create(self, allocation: str, pool: int, pieces: Sequence[MediaPiece]) -> None:
         """Make the bytes of a new allocation exist, reading zero. Idempotent."""
 
-    def expose(self, allocation: str, name: str, directory: str, *, read_only: bool) -> None:
+    def expose(self, allocation: str, directory: str) -> None:
         """Let a host find the bytes in its own directory. Idempotent."""
 
-    def conceal(self, name: str, directory: str) -> None:
+    def conceal(self, allocation: str, directory: str) -> None:
         """Take that back. Idempotent."""
 
-    def revoke(self, allocation: str, pool: int, pieces: Sequence[MediaPiece]) -> Sequence[Holding]:
-        """Make sure that nobody can touch the bytes any more; returns who still could (then nothing
-        is proved).
+    def descriptor(self, allocation: str, pool: int, *, read_only: bool) -> int:
+        """A new descriptor of the file that has the bytes. Raises OSError."""
+        ...
+
+    def revoke(
+        self,
+        allocation: str,
+        pool: int,
+        pieces: Sequence[MediaPiece],
+        *,
+        only: str = "",
+        others: Sequence[str] = (),
+    ) -> Sequence[Holding]:
+        """Make sure that nobody (or, with `only`, nobody through that directory) can touch the
+        bytes any more.
+
+        With `only`, holders through the directories in `others` are left alone and the bytes stay.
+        Returns who still could touch them; then nothing is proved.
         """
         ...
 
     def sanitise(
-        self, allocation: str, pool: int, pieces: Sequence[MediaPiece]
-    ) -> Mapping[str, int]:
-        """Overwrite or punch, read back, and give the bytes up. Raises OSError-derived errors when
-        it cannot.
+        self, allocation: str, pool: int, pieces: Sequence[MediaPiece], *, part: bool = False
+    ) -> Generator[None, None, Wiped]:
+        """Make the bytes read zero, read them back, and give them up; `part`: the rest of the tag
+        lives on.
+
+        Does a bounded chunk of work between yields. Raises OSError when it cannot be proved.
+        """
+        ...
+
+    def drop(self, allocation: str, pool: int) -> None:
+        """Give bytes up that need no sanitising. Idempotent."""
+
+    def incarnation(self) -> str:
+        """Names the medium as it is; empty when there is none yet or it was lost."""
+        ...
+
+    def renew(self) -> str:
+        """Wipe everything that is there and begin a new incarnation; returns its name."""
+        ...
+
+    def reconcile(
+        self, files: Mapping[str, bool], exposed: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        """Bring the medium to what the device knows after a restart; returns what was missing.
+
+        `files`: every allocation, and whether its bytes must be there. `exposed`: per host
+        directory, the allocations that may be found there.
         """
         ...
 

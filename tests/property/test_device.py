@@ -1,10 +1,9 @@
-"""The device against a model that keeps a set of blocks per owner and knows nothing of rows, pieces or DPAs."""
+"""The device against a model that keeps a set of blocks per owner and knows no rows, pieces or DPAs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -332,4 +331,3 @@ class DeviceModel(RuleBasedStateMachine):
 
 TestDevice = DeviceModel.TestCase
 TestDevice.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-TestDevice.pytestmark = [pytest.mark.timeout(300)]
