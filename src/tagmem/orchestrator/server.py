@@ -12,8 +12,9 @@ import os
 import signal
 import socket
 import stat
+import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -37,15 +38,14 @@ def bind(endpoints: Sequence[TcpEndpoint | UnixEndpoint]) -> list[socket.socket]
     Raises Conflict for a port in use, InvalidInput for what cannot be bound.
     """
     bound: list[socket.socket] = []
-    try:
+    with ExitStack() as undo:
         for endpoint in endpoints:
             if isinstance(endpoint, UnixEndpoint):
                 bound.append(_bind_unix(endpoint))
             else:
                 bound.append(_bind_tcp(endpoint))
-    except BaseException:
-        close(bound)
-        raise
+            undo.callback(close, bound[-1:])
+        undo.pop_all()
     return bound
 
 
@@ -79,18 +79,18 @@ def _bind_tcp(endpoint: TcpEndpoint) -> socket.socket:
 
 
 def _bind_unix(endpoint: UnixEndpoint) -> socket.socket:
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _clear(endpoint)
+    except OSError as error:
+        raise _refusal(endpoint, error) from None
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
         made.bind(endpoint.path)
         os.chmod(endpoint.path, UNIX_MODE)
         made.listen(BACKLOG)
     except OSError as error:
         made.close()
         raise _refusal(endpoint, error) from None
-    except BaseException:
-        made.close()
-        raise
     made.setblocking(False)
     return made
 
@@ -166,7 +166,12 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """SIGTERM and SIGINT begin the end; a second one ends at once."""
+        """SIGTERM and SIGINT begin the end; a second one ends at once. Not beside the main thread,
+        where no signal arrives.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)

@@ -64,6 +64,7 @@ class Orchestrator:
         self._config = config
         self.engine = Engine(machine, store, clock, self._perform)
         self._loaded = self.engine.restore()
+        self._server: HttpServer | None = None
         self.view = MachineView(machine)
         self.waiters = Waiters()
         self.feed = Feed(self.engine, store)
@@ -97,7 +98,7 @@ class Orchestrator:
 
     async def run(self, sockets: Sequence[socket.socket]) -> None:
         """Serve until told to stop. Raises StorageFailed when an observation could not be kept."""
-        server = HttpServer(self.application, self._ending)
+        self._server = server = HttpServer(self.application, self._ending)
         engine = asyncio.create_task(self.engine.run())
         engine.add_done_callback(lambda _: server.stop())
         try:
@@ -110,6 +111,11 @@ class Orchestrator:
             await self.engine.stop()
             # A failed engine raises here: the process must end and look again at what there is.
             await engine
+
+    def stop(self) -> None:
+        """Begin the end of `run`, in order."""
+        if self._server is not None:
+            self._server.stop()
 
     async def _register(self) -> None:
         """What the configuration names is registered; a repeat changes nothing."""
