@@ -13,12 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tagmem.base.ids import NIL_TAG, ApplianceId, HostId, Tag
 from tagmem.base.units import GIB, MIB, SECOND, Dpa
-from tagmem.domain import attachment as attachments
 from tagmem.domain import effects as ev
 from tagmem.domain import invariants
 from tagmem.domain.invariants import DeviceExtent
 from tagmem.domain.machine import OrchestratorMachine
-from tagmem.domain.records import ApplianceState, LdRecord, RegionRecord, Sharing
+from tagmem.domain.records import ApplianceState, AttachmentState, LdRecord, RegionRecord, Sharing
 from tagmem.ports import Effect, Event, Loaded, Step, Tick
 
 A0 = ApplianceId("a0")
@@ -239,8 +238,15 @@ class World(RuleBasedStateMachine):
         if self.connected:
             self.do(self.device.log.pop(0))
 
-    @precondition(lambda self: self.connected)
-    @rule()
+    @rule(kind=st.sampled_from(("cut", "reread", "restart", "reconnect")))
+    def trouble(self, kind: str) -> None:
+        if kind == "restart":
+            self.restart()
+        elif kind == "reconnect":
+            self.reconnect(HOSTS[0])
+        elif self.connected:
+            (self.cut if kind == "cut" else self.reread)()
+
     def cut(self) -> None:
         """The session breaks: every answer that has not come will not come."""
         for effect_id in self.sent:
@@ -261,20 +267,36 @@ class World(RuleBasedStateMachine):
             self.do(self.device.log.pop(0))
         self.do(self.device.snapshot())
 
-    @precondition(lambda self: self.connected)
-    @rule()
     def reread(self) -> None:
         """A snapshot on a live session: the link lets outstanding answers come first."""
         for effect_id in list(self.sent):
             self.do(self.sent.pop(effect_id) or ev.EffectUnknown(effect_id))
         self._snapshot()
 
+    @rule(willing=st.booleans())
+    def flow(self, willing: bool) -> None:
+        """All goes well for a while, which leads to deeper places than chance would."""
+        if not self.connected:
+            return
+        for effect_id in list(self.sent):
+            self.do(self.sent.pop(effect_id) or ev.EffectUnknown(effect_id))
+        for effect in self._unsent():
+            answer = self._perform(effect)
+            if answer is not None:
+                self.do(answer)
+        for tag, ld in sorted(self.device.pending):
+            self._answer((tag, ld), willing)
+        while self.device.log:
+            self.do(self.device.log.pop(0))
+
     # ---- hosts
 
     @precondition(lambda self: self.device.pending)
     @rule(data=st.data(), willing=st.booleans())
     def answer(self, data: st.DataObject, willing: bool) -> None:
-        key = data.draw(st.sampled_from(sorted(self.device.pending)))
+        self._answer(data.draw(st.sampled_from(sorted(self.device.pending))), willing)
+
+    def _answer(self, key: tuple[str, int], willing: bool) -> None:
         host = HOSTS[key[1]]
         wanted = self.machine.desired(host, key[0])
         accept = willing and wanted is not None and not wanted.released
@@ -316,7 +338,6 @@ class World(RuleBasedStateMachine):
     def sanitise(self, data: st.DataObject) -> None:
         self.device.sanitised(data.draw(st.sampled_from(sorted(self.device.dirty))))
 
-    @rule(host=st.sampled_from(HOSTS))
     def reconnect(self, host: HostId) -> None:
         self.do(ev.HostDisconnected(host))
         self.do(ev.HostConnected(host, "boot", {A0: HOSTS.index(host)}))
@@ -331,7 +352,6 @@ class World(RuleBasedStateMachine):
         self.now = max(self.now, deadline)
         self.do(Tick())
 
-    @rule()
     def restart(self) -> None:
         """kill -9 after a commit: the machine knows only what the store has."""
         before = self.machine.state
@@ -369,7 +389,7 @@ class World(RuleBasedStateMachine):
         for tag, host in self.mapped:
             record = self.machine.state.attachment(tag, host)
             assert record is not None, f"{tag} is mapped on {host} and forgotten"
-            assert record.state is not attachments.AttachmentState.RELEASED
+            assert record.state is not AttachmentState.RELEASED
 
     @invariant()
     def what_is_dirty_is_not_free(self) -> None:
@@ -386,17 +406,17 @@ class World(RuleBasedStateMachine):
             self.reread()
             for key in sorted(self.device.pending):
                 self.device.answer(key, accept=False)
-            for tag, ld in sorted(self.device.held):
-                self.mapped.discard((tag, HOSTS[ld]))
-                self.device.give_back((tag, ld))
+            for held, ld in sorted(self.device.held):
+                self.mapped.discard((held, HOSTS[ld]))
+                self.device.give_back((held, ld))
             for host in HOSTS:
                 for wanted in self.machine.desired_for(host):
                     gone = (wanted.tag, wanted.ld) not in self.device.pending
                     revision, proved = wanted.revision, wanted.released and gone
                     phase = "released" if proved else "absent"
                     self.do(ev.HostObserved(host, wanted.tag, revision, phase, proved=proved))
-            for tag in sorted(self.device.dirty):
-                self.device.sanitised(tag)
+            for dirty in sorted(self.device.dirty):
+                self.device.sanitised(dirty)
             for effect in self._unsent():
                 answer = self._perform(effect)
                 if answer is not None:
