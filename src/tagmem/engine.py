@@ -86,6 +86,16 @@ class Engine:
         self._queue.append((event, None, None))
         self._wake.set()
 
+    def report(self, event: Event) -> asyncio.Future[Any]:
+        """Queue an event of the system's own, as `post`, and tell when it is durable.
+
+        The future fails with StorageFailed when it is not; its owner then has to look again.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._queue.append((event, future, None))
+        self._wake.set()
+        return future
+
     async def submit(self, event: Event, render: Render | None = None) -> Any:
         """Queue a request and wait until its answer is durable. Raises QueueFull or StorageFailed.
 
@@ -158,9 +168,12 @@ class Engine:
                 return
         self._committing = False
         self.committed_ns = now
+        # What was ordered and declared done within one batch never came into the outbox.
+        done = {effect_id for step in steps for effect_id in step.done}
         for step in steps:
             for effect in step.effects:
-                self._perform(effect)
+                if effect.id not in done:
+                    self._perform(effect)
         for observer in self._observers:
             observer(steps, last_history)
         for step, (_, future, render) in zip(steps, taken, strict=True):

@@ -7,7 +7,7 @@ engine commits its changes before any of its effects is carried out (persist, th
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -124,6 +124,68 @@ class Store(Protocol):
     def last_history(self) -> int: ...
 
     def close(self) -> None: ...
+
+
+class StreamPeer(Protocol):
+    """What a stream tells: the session that it carries."""
+
+    def received(self, data: bytes, descriptors: list[int]) -> None:
+        """Bytes, and file descriptors that came beside them and now belong to the callee."""
+
+    def drained(self) -> None:
+        """Everything sent so far has left this process."""
+
+    def closed(self, reason: str) -> None:
+        """The connection ended; told once, also after `close`."""
+
+
+class Stream(Protocol):
+    """A connected byte stream (`io/stream.py`)."""
+
+    def attach(self, peer: StreamPeer) -> None:
+        """Start telling `peer` what comes."""
+
+    def send(self, data: bytes) -> None:
+        """Send bytes, without waiting."""
+
+    def close(self, reason: str = "closed") -> None:
+        """End it now."""
+
+
+Dial = Callable[[str], Awaitable[Stream]]
+"""Connects to an address. Raises OSError when nobody is there, InvalidInput for no address."""
+
+
+class FabricLink(Protocol):
+    """One appliance's session, in whatever language it is driven: FM-API; later QMP, Redfish. No
+    I/O.
+
+    After each commit the calls come in this order: `forget`, `perform`, and `resume` if the commit
+    had this link's snapshot in it. Nothing of the outbox is carried out before the first `resume`.
+    """
+
+    wants_close: str
+    """Why the connection should be closed; empty while it should not."""
+
+    def connected(self, now: Nanoseconds) -> None: ...
+
+    def disconnected(self, reason: str, now: Nanoseconds) -> None: ...
+
+    def perform(self, effect: Effect, now: Nanoseconds) -> None: ...
+
+    def forget(self, effect_ids: Iterable[int], now: Nanoseconds) -> None: ...
+
+    def resume(self, now: Nanoseconds) -> None: ...
+
+    def feed(self, data: bytes, now: Nanoseconds) -> None: ...
+
+    def tick(self, now: Nanoseconds) -> None: ...
+
+    def next_deadline(self) -> Nanoseconds | None: ...
+
+    def outgoing(self) -> bytes: ...
+
+    def events(self) -> list[Event]: ...
 
 
 class Holding(msgspec.Struct, frozen=True):

@@ -552,14 +552,15 @@ class FmLink:
         known = self._known()
         tag = known.tag(raw)
         wires.sort(key=lambda wire: wire.sequence)
+        region = known.media(ld, wires[0])[0]
         extents = [known.media(ld, wire)[1] for wire in wires]
         taken = tuple(extent for extent in extents if extent.length)
         if kind is DcEventType.CAPACITY_RELEASED:
-            self._events.append(CapacityReturned(self.appliance, ld, tag, taken))
+            self._events.append(CapacityReturned(self.appliance, ld, tag, taken, region))
             return
         offered = self._offered.pop((ld, wires[0].start_dpa), None)
         first = offered or extents[0]
-        self._events.append(HostAnswered(self.appliance, ld, tag, first, taken))
+        self._events.append(HostAnswered(self.appliance, ld, tag, first, taken, region))
 
     # ---- effects
 

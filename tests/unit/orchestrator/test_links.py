@@ -321,8 +321,8 @@ def test_a_group_is_one_event_however_it_is_read(records_per_get: int) -> None:
     pair.notify()
     pieces = tuple(extent(at * 4 * MIB) for at in range(3))
     assert pair.log == [
-        HostAnswered(Z0, 1, TAG, pieces[0], pieces),
-        CapacityReturned(Z0, 1, TAG2, (extent(0),)),
+        HostAnswered(Z0, 1, TAG, pieces[0], pieces, 0),
+        CapacityReturned(Z0, 1, TAG2, (extent(0),), 0),
     ]
 
 
@@ -346,7 +346,7 @@ def test_a_refusal_is_an_answer_that_takes_nothing() -> None:
     pair = Pair().ready()
     pair.peer.record(ADD_RESPONSE, 0, wire(0, 4 * MIB, 0))
     pair.notify()
-    assert pair.log == [HostAnswered(Z0, 0, TAG, extent(4 * MIB, 0), ())]
+    assert pair.log == [HostAnswered(Z0, 0, TAG, extent(4 * MIB, 0), (), 0)]
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -359,7 +359,7 @@ def test_a_refusal_of_untagged_capacity_says_which(mirrored: bool) -> None:
     place = offer.extents[0].start_dpa
     peer.record(ADD_RESPONSE, 0, WireExtent(place, 0))
     pair.notify()
-    assert pair.log[-1] == HostAnswered(Z0, 0, NIL_TAG, extent(0), ())
+    assert pair.log[-1] == HostAnswered(Z0, 0, NIL_TAG, extent(0), (), 0)
 
 
 def test_a_notification_during_a_drain_looks_once_more() -> None:
