@@ -69,6 +69,11 @@ class Engine:
         """How many events are queued."""
         return len(self._queue)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that the machine says is durable: nothing waits, no commit is under way."""
+        return not self._queue and not self._committing
+
     def observe(self, observer: Observer) -> None:
         """Call `observer` after each commit."""
         self._observers.append(observer)
