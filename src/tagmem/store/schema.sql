@@ -1,12 +1,12 @@
 -- What a store looks like after all migrations, for its reader; a test holds the two equal.
 --
--- Documents are JSON. For each kind of record a view of that name shows the fields as columns, so that
+-- Documents are JSON. For each kind of record a view of that name shows the fields as columns, so
 --     sqlite3 state.db "SELECT tag, state, size_bytes FROM capacity"
 -- works; the views are derived from the record types when a store is opened, not written here.
 -- PostgreSQL reads INTEGER as BIGINT and doc as JSONB; nothing else differs.
 
--- One row per thing that a daemon remembers. Rows lie in the order in which they were made, so changes to
--- young things share pages; the key is an index beside them.
+-- One row per thing that a daemon remembers. Rows lie in the order in which they were made, so
+-- changes to young things share pages; the key is an index beside them.
 CREATE TABLE record (
     kind TEXT NOT NULL,
     key  TEXT NOT NULL,
@@ -29,7 +29,8 @@ CREATE TABLE history (
     data    TEXT NOT NULL
 );
 
--- schema_version; writer_epoch (grows at each open: a commit of an older writer is refused); last_effect_id.
+-- schema_version; last_effect_id; writer_epoch, which grows at each open: a commit of an older writer
+-- is refused.
 CREATE TABLE meta (
     name  TEXT NOT NULL PRIMARY KEY,
     value INTEGER NOT NULL

@@ -97,13 +97,13 @@ class SqliteStore:
             self._last_effect_id = self._meta(self._writer, "last_effect_id")
             self._oldest, self._last = self._span(self._writer)
             self._reader = self._connect(read=True)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, apsw.BusyError | apsw.LockedError):
-                raise Conflict(f"{self.path}: another process has locked it") from error
-            if isinstance(error, apsw.Error):
-                raise self._failure("cannot be opened", error) from error
-            raise
+        except (apsw.BusyError, apsw.LockedError) as error:
+            raise Conflict(f"{self.path}: another process has locked it") from error
+        except apsw.Error as error:
+            raise self._failure("cannot be opened", error) from error
+        finally:
+            if self._reader is None:
+                self.close()
 
     # ---- opening
 
@@ -212,11 +212,10 @@ class SqliteStore:
                 self._check_epoch(writer)
                 self._write(writer, rows, batch.at_ns, upto)
                 writer.execute("COMMIT")
-            except BaseException as error:
+            except apsw.Error as error:
+                raise self._failure("refused a commit", error) from error
+            finally:
                 self._roll_back(writer)
-                if isinstance(error, apsw.Error):
-                    raise self._failure("refused a commit", error) from error
-                raise
             self._last = last
             self._oldest = max(self._oldest, upto + 1)
             self._last_effect_id = max(self._last_effect_id, rows.last_effect_id)
@@ -253,6 +252,7 @@ class SqliteStore:
             )
 
     def _roll_back(self, writer: apsw.Connection) -> None:
+        """What a failure left open; nothing after a commit."""
         if writer.in_transaction:
             # After some errors SQLite has rolled back by itself, or reports the same error again.
             with suppress(apsw.Error):
