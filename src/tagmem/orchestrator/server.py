@@ -32,31 +32,31 @@ PING_SECONDS = 20.0
 UNIX_MODE = 0o660
 
 
-def bind(endpoints: Sequence[TcpEndpoint | UnixEndpoint]) -> list[socket.socket]:
-    """Listening sockets.
+class Listening:
+    """Sockets that listen, and the names that Unix ones have in the file system."""
 
-    Raises Conflict for a port in use, InvalidInput for what cannot be bound.
-    """
-    bound: list[socket.socket] = []
-    with ExitStack() as undo:
-        for endpoint in endpoints:
-            if isinstance(endpoint, UnixEndpoint):
-                bound.append(_bind_unix(endpoint))
-            else:
-                bound.append(_bind_tcp(endpoint))
-            undo.callback(close, bound[-1:])
-        undo.pop_all()
-    return bound
+    def __init__(self, endpoints: Sequence[TcpEndpoint | UnixEndpoint]) -> None:
+        """Raises Conflict for an address in use, InvalidInput for one that cannot be bound."""
+        self.sockets: list[socket.socket] = []
+        self._paths: list[str] = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for endpoint in endpoints:
+                if isinstance(endpoint, UnixEndpoint):
+                    self.sockets.append(_bind_unix(endpoint))
+                    self._paths.append(endpoint.path)
+                else:
+                    self.sockets.append(_bind_tcp(endpoint))
+            undo.pop_all()
 
-
-def close(sockets: Sequence[socket.socket]) -> None:
-    """Close listening sockets, and take the paths of Unix ones away."""
-    for each in sockets:
-        if each.family == socket.AF_UNIX and each.fileno() >= 0:
-            path = each.getsockname()
-            with suppress(FileNotFoundError):
+    def close(self) -> None:
+        """Close them and take their names away. A second time does nothing."""
+        for each in self.sockets:
+            each.close()
+        for path in self._paths:
+            with suppress(OSError):
                 os.unlink(path)
-        each.close()
+        self._paths.clear()
 
 
 def _bind_tcp(endpoint: TcpEndpoint) -> socket.socket:
