@@ -82,7 +82,38 @@ address = "unix:{layout.fm_socket}"
 
 
 def _appliance(layout: Layout) -> str:
-    raise NotImplementedError
+    hosts = "".join(
+        f'''
+[[host]]
+name = "{host}"
+socket = "{layout.port_socket(host)}"
+directory = "{layout.exposed(host)}"
+'''
+        for host in HOSTS
+    )
+    return f"""\
+# An emulated memory appliance: a multi-headed Dynamic Capacity Device with real bytes on tmpfs.
+name = "{APPLIANCE}"
+state_dir = "{layout.data(APPLIANCE)}"
+media_dir = "{layout.media}"
+layout = "by-tag"
+fm_socket = "{layout.fm_socket}"
+
+# Region 0: a tag goes to one host.
+[[region]]
+size = "512MiB"
+block_size = "2MiB"
+sanitise_on_release = true
+
+# Region 1: a tag may be shared between hosts.
+[[region]]
+size = "256MiB"
+block_size = "2MiB"
+sharable = true
+sanitise_on_release = true
+
+# The hosts, LD 0 first: the port of each, and where it finds the bytes that it has accepted.
+{hosts.lstrip()}"""
 
 
 def _host(layout: Layout, host: str) -> str:
