@@ -218,6 +218,7 @@ class HostService:
     def _return(self, order: r.ReturnExtents) -> None:
         assert self._loop is not None
         close_quietly(self._media_kept.pop(order.tag, -1))
+        self._tickets.pop(order.tag, None)
         try:
             self._devices.give_up(order.tag)
         except OSError as error:

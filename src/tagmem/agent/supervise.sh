@@ -4,15 +4,19 @@
 directory=$1
 cgroup=$2
 shift 2
+stopped=
+trap stopped=1 TERM INT HUP QUIT USR1 USR2
 mkdir "$directory/claim" 2>/dev/null || exit 0
 [ -z "$cgroup" ] || echo 0 2>/dev/null >"$cgroup" || true
 echo "$$" >"$directory/pid.new" && mv "$directory/pid.new" "$directory/pid"
-trap : TERM INT HUP QUIT USR1 USR2
-"$@" &
-child=$!
-while :; do
-    wait "$child"
-    code=$?
-    kill -0 "$child" 2>/dev/null || break
-done
+code=143
+if [ -z "$stopped" ]; then
+    "$@" &
+    child=$!
+    while :; do
+        wait "$child"
+        code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+fi
 echo "$code" >"$directory/status.new" && mv "$directory/status.new" "$directory/status"

@@ -10,8 +10,10 @@ and is then found by the proof, as a holder, by name.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -20,9 +22,14 @@ from pathlib import Path
 
 from tagmem.wire.agentapi import Workload, WorkloadReport
 
+log = logging.getLogger(__name__)
+
 MARKER = "TAGMEM_WORKLOAD"
 KEPT_MAX = 1024
 """Directories of workloads that have ended; the oldest go first, with their output."""
+EMPTY_POLLS_MAX = 20
+EMPTY_POLL_MS = 50
+"""Killed processes leave their cgroup when the kernel has taken them down."""
 _SCRIPT = Path(__file__).with_name("supervise.sh")
 _PLACEHOLDER = re.compile(r"\{(dax|tag|size)\}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -70,7 +77,7 @@ class Workloads:
         """Start a workload, unless one of this id was ever started; what it is now."""
         key = self.key(tag, workload.id)
         directory = self._base / key
-        if (directory / "claim").exists():
+        if key in self._children or (directory / "claim").exists():
             return self.look(tag, workload.id)
         self._prune()
         directory.mkdir(exist_ok=True)
@@ -192,10 +199,7 @@ class Workloads:
         pid = _number(self._base / key / "pid")
         if self._cgroup is not None and (self._cgroup / key).is_dir():
             self._kill_cgroup(key)
-            try:
-                (self._cgroup / key).rmdir()
-            except OSError:
-                return  # Not empty yet; the next agent or the next look removes it.
+            _remove_cgroup(self._cgroup / key)
         elif pid and child is not None:
             # The group's number stays ours as long as it has members, and we have just reaped.
             _signal_group(pid, signal.SIGKILL)
@@ -206,11 +210,14 @@ class Workloads:
         """SIGTERM to the group, or SIGKILL to all of it; what the workload is then."""
         key = self.key(tag, workload_id)
         directory = self._base / key
-        if not (directory / "claim").exists() and key not in self._children:
-            directory.mkdir(exist_ok=True)
+        directory.mkdir(exist_ok=True)
+        try:
+            (directory / "claim").mkdir()
+        except FileExistsError:
+            pass  # It runs, or has run.
+        else:
             (directory / "id").write_text(workload_id)
             (directory / "reason").write_text("it was stopped before it was started")
-            (directory / "claim").mkdir(exist_ok=True)
         report = self.look(tag, workload_id)
         if report.state != "running":
             return report
@@ -251,6 +258,22 @@ class Workloads:
             if not pids:
                 break
         return killed
+
+
+def _remove_cgroup(group: Path) -> None:
+    """Remove a cgroup whose processes have been killed; one that stays busy is left for later."""
+    with (group / "cgroup.events").open() as events:
+        poll = select.poll()
+        poll.register(events, select.POLLPRI)
+        for _ in range(EMPTY_POLLS_MAX):
+            events.seek(0)
+            if "populated 0" in events.read():
+                break
+            poll.poll(EMPTY_POLL_MS)
+    try:
+        group.rmdir()
+    except OSError as error:
+        log.warning("%s could not be removed: %s", group, error.strerror)
 
 
 def _fill(text: str, values: Mapping[str, str]) -> str:
