@@ -160,8 +160,8 @@ class FabricLink(Protocol):
     """One appliance's session, in whatever language it is driven: FM-API; later QMP, Redfish. No
     I/O.
 
-    After each commit the calls come in this order: `forget`, `perform`, and `resume` if the commit
-    had this link's snapshot in it. Nothing of the outbox is carried out before the first `resume`.
+    After each commit the calls come in this order: `forget`, `perform`, and `resume`, once for each
+    of this link's snapshots in it. Nothing of the outbox is carried out before the first `resume`.
     """
 
     wants_close: str

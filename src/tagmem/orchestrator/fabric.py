@@ -242,14 +242,14 @@ class _Port:
         self._worked = True
 
         def committed(future: asyncio.Future[object]) -> None:
-            if session != self._session or self._stream is None or future.cancelled():
+            if future.cancelled():
                 return
-            if future.exception() is None:
-                self._link.resume(self._clock.now())
-                self._flush()
-            else:
+            failed = future.exception() is not None and session == self._session
+            if failed and self._stream is not None:
                 # The machine was set back behind this snapshot: only a new one can be believed.
                 self._stream.close("the snapshot could not be kept")
+            self._link.resume(self._clock.now())
+            self._flush()
 
         self._engine.report(snapshot).add_done_callback(committed)
 

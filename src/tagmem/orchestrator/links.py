@@ -137,6 +137,8 @@ class FmLink:
         self._idle_poll_ns = idle_poll_ns
         self._events: list[Event] = []
         self._pending = Pending()
+        self._uncommitted = 0
+        """Snapshots told whose steps are not committed."""
         self._reset()
 
     def _reset(self) -> None:
@@ -200,8 +202,13 @@ class FmLink:
         self._pump(now)
 
     def resume(self, now: Nanoseconds) -> None:
-        """The snapshot's step is committed: carry out what is left to do."""
-        if self.phase is not Phase.TOLD:
+        """A snapshot's step is committed: carry out what is left to do, if it was the last one.
+
+        Called once for each ApplianceSnapshot that was told, also for one of an earlier session,
+        or one whose commit failed (then after `disconnected`): they do not count for this one.
+        """
+        self._uncommitted -= 1
+        if self.phase is not Phase.TOLD or self._uncommitted > 0:
             return
         self.phase = Phase.READY
         self._pending.resume()
@@ -452,6 +459,7 @@ class FmLink:
         self._lists.stale()
         self.phase = Phase.TOLD
         self.snapshots += 1
+        self._uncommitted += 1
 
     def _known(self) -> ApplianceMap:
         if self._map is None:

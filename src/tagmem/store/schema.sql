@@ -29,8 +29,8 @@ CREATE TABLE history (
     data    TEXT NOT NULL
 );
 
--- schema_version; last_effect_id; writer_epoch, which grows at each open: a commit of an older writer
--- is refused.
+-- schema_version; last_effect_id; writer_epoch, which grows at each open: a commit of an older
+-- writer is refused.
 CREATE TABLE meta (
     name  TEXT NOT NULL PRIMARY KEY,
     value INTEGER NOT NULL

@@ -572,11 +572,27 @@ def test_a_lost_answer_ends_the_session_and_the_next_one_finds_out() -> None:
     assert pair.peer.count(InitiateDcAddRequest) == 1
 
 
+def test_a_snapshot_of_an_earlier_session_does_not_stand_for_a_later_one() -> None:
+    pair = Pair()
+    pair.perform(add(1))
+    pair.connect()
+    pair.link.disconnected("reset by peer", pair.now)
+    pair.connect()
+    assert len(snapshots(pair)) == 2
+    pair.link.resume(pair.now)
+    pair.settle()
+    assert pair.peer.count(InitiateDcAddRequest) == 0
+    pair.link.resume(pair.now)
+    pair.settle()
+    assert pair.peer.count(InitiateDcAddRequest) == 1
+
+
 def test_what_was_answered_before_the_session_ended_is_not_sent_again() -> None:
     pair = Pair().ready().perform(add(1))
     pair.link.disconnected("reset by peer", pair.now)
     pair.connect()
     pair.link.resume(pair.now)
+    assert pair.link.phase is Phase.READY
     pair.settle()
     assert pair.peer.count(InitiateDcAddRequest) == 1
     assert not pair.of(EffectUnknown)
@@ -631,7 +647,6 @@ def test_a_link_that_is_down_does_nothing() -> None:
     link = Pair().link
     link.feed(b"anything", 1)
     link.tick(2)
-    link.resume(3)
     link.disconnected("never was", 4)
     assert link.next_deadline() is None
     assert link.outgoing() == b""

@@ -1,4 +1,4 @@
--- The first schema. A released migration is never changed; the next change is a file with the next number.
+-- The first schema. A released migration is never changed; a change is a file with the next number.
 
 CREATE TABLE record (
     kind TEXT NOT NULL,
