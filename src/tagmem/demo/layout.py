@@ -38,8 +38,18 @@ class Layout:
 
     @property
     def media(self) -> Path:
-        """The appliance's bytes."""
+        """The appliance's media directory."""
         return self.volatile / "media"
+
+    @property
+    def bytes(self) -> Path:
+        """Where in it the appliance keeps the bytes: one file per tag."""
+        return self.media / "media"
+
+    @property
+    def witness(self) -> Path:
+        """A second name that the demo gives to a tag's file, to see what becomes of its bytes."""
+        return self.volatile / "witness"
 
     @property
     def fm_socket(self) -> Path:

@@ -23,7 +23,9 @@ from tagmem.demo.chaos import Chaos
 from tagmem.demo.console import Console
 from tagmem.demo.layout import APPLIANCE, HOSTS, Layout
 from tagmem.demo.patience import insist, until
+from tagmem.demo.record import sanitise_record
 from tagmem.wire import rest
+from tagmem.wire.vendor import SanitiseMethod, SanitiseState
 
 TAG_BYTES = 128 * MIB
 REGION = 0
@@ -204,7 +206,7 @@ class Steps:
             self._places.get(key, (0, b""))[1] != value for key, value in self._records.items()
         )
         self._check(not missing, f"{missing:,} records are not in the tag's bytes")
-        files = proof.media_files(self._layout.media)
+        files = proof.media_files(self._layout.bytes)
         self._check(
             any(path.samefile(device) for path in files), f"{device} is not the appliance's media"
         )
@@ -238,6 +240,8 @@ class Steps:
         with self._say.step(f"Give back: {_FIRST} stops memcached and proves release") as came_to:
             self._moment("give back", "before")
             status = device.stat()
+            # A name is no hold: it neither maps the bytes nor has them open.
+            self._layout.witness.hardlink_to(device)
             release = lambda: self._client.release(self._tag, up_to="stop")  # noqa: E731
             try:
                 insist(release)
@@ -273,22 +277,47 @@ class Steps:
             until(lambda: self._is_gone(self._tag), "the bytes are sanitised", 60.0)
             self._moment("wipe", "during")
             self._events(self._tag)
-            files = proof.media_files(self._layout.media)
-            needles = [*self._samples(), *(self._records[key] for key in self._samples())]
-            found = proof.count_needles(files, needles) + sum(
-                len(proof.find_items(path)) for path in files
-            )
-            self._check(not found, f"{found} records are still in the media")
-            dirty = [path.name for path in files if proof.nonzero_file(path) >= 0]
-            self._check(not dirty, f"media that do not read zero: {dirty}")
-            self._say.proof(
-                "media", f"{_plural(len(needles), 'sample')} searched for, none there; all zero,"
-            )
+            self._look_at_media()
+            self._ask_for_record()
             region = self._region()
             self._say.fact(
                 "pool", f"{format_size(region.free_bytes)} of region {REGION} free again"
             )
             came_to.append("no record left in the media")
+
+    def _look_at_media(self) -> None:
+        """Search what the appliance has, and the very file that held the records, for records."""
+        files = proof.media_files(self._layout.bytes)
+        samples = self._samples()
+        needles = [*samples, *(self._records[key] for key in samples)]
+        witness = self._layout.witness
+        everywhere = [*files, witness] if witness.stat().st_size else files
+        found = proof.count_needles(everywhere, needles)
+        found += sum(len(proof.find_items(path)) for path in everywhere)
+        self._check(not found, f"{found} records are still in the media")
+        dirty = [path.name for path in everywhere if proof.nonzero_file(path) >= 0]
+        self._check(not dirty, f"media that do not read zero: {dirty}")
+        blocks = witness.stat().st_blocks
+        self._check(blocks == 0, f"the file that held the tag still has {blocks} blocks")
+        self._say.proof("media", f"searched for {len(needles)} keys and definitions, found none,")
+        self._say.proof("that file", "under the name kept aside: no block of memory is left in it,")
+
+    def _ask_for_record(self) -> None:
+        """The device's own word: how it wiped, how much, and that it read zeros back."""
+        record = insist(lambda: sanitise_record(self._layout.fm_socket, self._tag))
+        self._check(
+            record.state == SanitiseState.VERIFIED_ZERO, f"the device says {record.state!r} (C001h)"
+        )
+        self._check(record.sanitised_bytes >= TAG_BYTES, f"wiped {record.sanitised_bytes} bytes")
+        method = SanitiseMethod(record.method).name.lower()
+        self._say.proof(
+            "device says",
+            f"{record.sanitised_bytes:,} bytes wiped ({method}), "
+            f"{record.read_back_bytes:,} read back as zero (C001h)",
+        )
+        until(
+            lambda: self._client.appliance(APPLIANCE).state == "ready" or None, "it is back", 30.0
+        )
 
     # ---- and the next owner
 
