@@ -62,7 +62,8 @@ def capacity() -> None:
 
 
 @capacity.command("create", example="tagmem capacity create --size 2GiB --host w1")
-@click.option("--size", type=Size(), required=True, help="4096, 64M, 2G, 2GiB; all powers of 1024.")
+@click.argument("bytes_", type=Size(), required=False, metavar="[SIZE]")
+@click.option("--size", type=Size(), help="4096, 64M, 2G, 2GiB; all powers of 1024.")
 @host_option(multiple=True, help="Offer it to this host; may be repeated. None: only reserve it.")
 @click.option("--tag", help="Its UUID. A repeat of the same request is harmless. [default: new]")
 @click.option("--share", type=click.Choice(SHARING), default="none", show_default=True)
@@ -77,7 +78,8 @@ def capacity() -> None:
 @api_options
 def create(
     settings: Settings,
-    size: int,
+    bytes_: int | None,
+    size: int | None,
     host: tuple[str, ...],
     tag: str | None,
     share: str,
@@ -90,12 +92,15 @@ def create(
     timeout: float,
     quiet: bool,
 ) -> None:
-    """Set memory aside under a tag, and offer it to hosts."""
+    """Set memory aside under a tag, and offer it to hosts. SIZE may be given as --size too."""
     from tagmem.base.ids import parse_tag
     from tagmem.cli.progress import Progress, pending, ready
 
     named = parse_tag(tag) if tag else new_tag()
-    request = request_for(size, host, share, untagged, owner, appliance, region, scatter)
+    wanted = bytes_ if size is None else size
+    if wanted is None or None not in (bytes_, size):
+        raise click.UsageError("say the size once: as SIZE, or with --size")
+    request = request_for(wanted, host, share, untagged, owner, appliance, region, scatter)
     with settings.client() as client:
         if not wait or not request.hosts:
             show_one(client.create(request, named), settings)
@@ -108,11 +113,9 @@ def create(
             document = client.capacity(named)
             return ready(document)
 
-        done = ready(document) or progress.until(
-            look, lambda: f"not ready in {timeout:g} s: {pending(document)}"
-        )
+        done = progress.until(look, lambda: f"not ready in {timeout:g} s: {pending(document)}")
         for attachment in done.attachments:
-            progress.say(f"ready on {attachment.host}: {attachment.dax_path}")
+            progress.ready(attachment)
         show_one(done, settings)
 
 
@@ -242,7 +245,9 @@ def attach(
             return ready(document, (host,))
 
         done = progress.until(look, lambda: f"not ready in {timeout:g} s: {pending(document)}")
-        progress.say(f"ready on {host}")
+        for attachment in done.attachments:
+            if attachment.host == host:
+                progress.ready(attachment)
         show_one(done, settings)
 
 

@@ -33,6 +33,7 @@ class Progress:
         self._timeout = timeout
         self._begun = time.monotonic()
         self._after = client.last_event()
+        self._told: set[str] = set()
 
     def say(self, text: str) -> None:
         """One line, with the time since the command began."""
@@ -42,21 +43,36 @@ class Progress:
 
     def until(self, look: Callable[[], T | None], late: Callable[[], str]) -> T:
         """What `look` returns, once it is something. Raises WaitTimeout with what `late` says."""
+        from tagmem.client.session import concerns
+
         timeout = self._timeout
         if timeout is not None:
             timeout = max(0.0, self._begun + timeout - time.monotonic())
-        return self._client.wait(
+        subjects = frozenset({self._tag})
+        found = self._client.wait(
             look,
-            subjects=frozenset({self._tag}),
+            subjects=subjects,
             timeout=timeout,
             after=self._after,
             on_event=self._tell,
             late=late,
         )
+        if not self._quiet:
+            # It may have come about before its events were heard.
+            for event in self._client.history(self._after):
+                if concerns(event, subjects):
+                    self._tell(event)
+        return found
 
     def _tell(self, event: EventDocument) -> None:
         self._after = event.id
-        self.say(event_line(event))
+        self._told.add(event.type)
+        self.say(event_line(event).removeprefix("capacity "))
+
+    def ready(self, attachment: AttachmentDocument) -> None:
+        """Say that the tag can be opened, unless the event has said so."""
+        if "capacity.ready" not in self._told:
+            self.say(f"ready  host={attachment.host}  dax_path={attachment.dax_path}")
 
 
 def event_line(event: EventDocument) -> str:

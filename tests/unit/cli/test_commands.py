@@ -81,7 +81,7 @@ def test_create_waits_until_the_tag_can_be_opened(api: FakeApi, tagmem: Tagmem) 
     assert ended.json == plain(ready)
     lines = [line.split("s  ", 1)[1] for line in ended.err.splitlines()]
     assert lines[0] == "attachment offered  host=w1"
-    assert lines[-1] == "ready on w1: /run/tagmem/dax0.1/dax0.1"
+    assert lines[-1] == "ready  host=w1  dax_path=/run/tagmem/dax0.1/dax0.1"
     request = msgspec.json.decode(api.sent("PUT", PATH).body)
     assert request == {"size_bytes": 256 * MIB, "hosts": ["w1"]}
 
@@ -107,12 +107,13 @@ def test_create_sends_what_was_asked_for(api: FakeApi, tagmem: Tagmem) -> None:
 
 def test_a_reservation_is_not_waited_for(api: FakeApi, tagmem: Tagmem) -> None:
     api.on("PUT", PATH, (201, capacity(state="reserved")))
-    assert tagmem("capacity", "create", "--size", "1G", "--tag", TAG).json["state"] == "reserved"
+    assert tagmem("capacity", "create", "1G", "--tag", TAG).json["state"] == "reserved"
 
 
 def test_a_refused_offer_ends_the_wait_with_its_reason(api: FakeApi, tagmem: Tagmem) -> None:
     refused = capacity(attachment(state="refused", ready=False, reason="no free slot (limit 16)"))
     api.on("PUT", PATH, (201, refused))
+    api.on("GET", PATH, refused)
     ended = tagmem("capacity", "create", "--size", "1G", "--host", "w1", "--tag", TAG)
     assert ended.code == 4
     assert f"host w1 refused tag {TAG}: no free slot (limit 16)" in ended.err
@@ -137,7 +138,8 @@ def test_a_wait_that_is_too_long_says_for_what(api: FakeApi, tagmem: Tagmem) -> 
         (["--size", "1G", "--timeout", "soon"], "a duration such as 10"),
         (["--size", "1G", "--share", "wildly"], "'wildly' is not one of"),
         (["--size", "1G", "--region", "999"], "region"),
-        ([], "missing option '--size'"),
+        ([], "say the size once: as SIZE, or with --size"),
+        (["1G", "--size", "1G"], "say the size once"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(
@@ -216,7 +218,7 @@ def test_release_waits_until_nothing_is_left(api: FakeApi, tagmem: Tagmem) -> No
     ended = tagmem("capacity", "release", TAG, "--up-to", "stop", "--rung-timeout", "ask=500ms")
     assert ended.code == 0
     assert ended.json == {"tag": TAG, "host": None, "state": "released"}
-    assert "capacity sanitising" in ended.err
+    assert "s  sanitising\n" in ended.err
     assert api.sent("DELETE", PATH).query == {"up_to": "stop", "ask_seconds": "0.5"}
 
 
