@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tagmem.agent.config import HostConfig
+    from tagmem.appliance.config import ApplianceConfig
     from tagmem.orchestrator.config import OrchestratorConfig
-    from tagmem.ports import Store
+    from tagmem.ports import DaxDevices, Media, Store
 
 # ---- what every daemon has
 
@@ -94,3 +96,101 @@ async def _orchestrate(
         __version__,
     )
     await service.run(sockets)
+
+
+# ---- appliance
+
+
+def appliance(config: Path) -> int:
+    """Be an emulated memory appliance until SIGTERM; the exit code.
+
+    Raises Conflict when its state directory, media or a socket is in use, InvalidInput for a wrong
+    configuration, StorageFailed when its database cannot be used.
+    """
+    _prepare()
+    from tagmem.appliance.config import load
+    from tagmem.appliance.media import open_media
+    from tagmem.domain.device_records import KINDS, DurableEffect
+    from tagmem.io.lockfile import StateDirectory
+    from tagmem.store.sqlite import SqliteStore
+
+    settings = load(config)
+    directory = StateDirectory(settings.state_dir, field="state_dir")
+    try:
+        pools = {region.pool: region.size_bytes for region in settings.spec().regions}
+        media = open_media(
+            settings.layout,
+            settings.media_path,
+            settings.host_directories,
+            pools,
+            hugetlbfs=settings.hugetlbfs,
+        )
+        with (
+            closing(media),
+            closing(SqliteStore(directory.path / "appliance.db", KINDS, DurableEffect)) as store,
+        ):
+            _run(_appliance(settings, store, media))
+    finally:
+        directory.release()
+    return 0
+
+
+async def _appliance(settings: ApplianceConfig, store: Store, media: Media) -> None:
+    import signal
+
+    from tagmem import __version__
+    from tagmem.appliance.server import Appliance
+    from tagmem.io import stream
+    from tagmem.io.clock import SystemClock
+
+    server = Appliance(settings, store, SystemClock(), media, __version__)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+    await server.run(stream.listen)
+
+
+# ---- host
+
+
+def host(config: Path) -> int:
+    """Be a host's agent until SIGTERM; the exit code. Workloads go on, and are found again.
+
+    Raises Conflict when its state directory is in use, InvalidInput for a wrong configuration,
+    StorageFailed when its database cannot be used.
+    """
+    _prepare()
+    from tagmem.agent.config import load
+    from tagmem.agent.devices import EmulatedDax
+    from tagmem.agent.records import KINDS
+    from tagmem.io.lockfile import StateDirectory
+    from tagmem.store.sqlite import SqliteStore
+
+    settings = load(config)
+    with (
+        StateDirectory(settings.state, field="state") as directory,
+        StateDirectory(settings.run, field="run") as run,
+        closing(SqliteStore(directory.path / "agent.db", KINDS)) as store,
+    ):
+        _run(_be_host(settings, store, EmulatedDax(run.path)))
+    return 0
+
+
+async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> None:
+    import signal
+
+    from tagmem.agent.proof import Prover
+    from tagmem.agent.service import HostService
+    from tagmem.agent.workloads import Workloads, find_cgroup
+    from tagmem.io import stream
+    from tagmem.io.clock import SystemClock
+
+    cgroup = find_cgroup(f"tagmem-{settings.name}") if settings.use_cgroup else None
+    workloads = Workloads(Path(settings.state), Path(settings.run), cgroup)
+    service = HostService(
+        settings, store, SystemClock(), devices, workloads, Prover(), stream.connect
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    await service.run()
