@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from tagmem.base.units import MILLISECOND, Nanoseconds
-from tagmem.ports import Batch, Effect, HistoryEntry, Loaded
 
 Action = Callable[[], None]
 
@@ -122,54 +121,3 @@ class Pipe:
     def close(self) -> None:
         """Nothing more arrives."""
         self.open = False
-
-
-class SimStore:
-    """A disk that keeps exactly what was committed: the Store port, in memory, surviving a crash of
-    its process.
-    """
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[str, str], Any] = {}
-        self._outbox: dict[int, Effect] = {}
-        self._last_effect_id = 0
-        self._history: list[HistoryEntry] = []
-
-    def load(self) -> Loaded:
-        """What a restarted process finds."""
-        return Loaded(
-            [(kind, key, record) for (kind, key), record in self._rows.items()],
-            [self._outbox[key] for key in sorted(self._outbox)],
-            self._last_effect_id,
-        )
-
-    def commit(self, batch: Batch) -> int:
-        """All of the batch, at once."""
-        for step in batch.steps:
-            for change in step.changes:
-                if change.record is None:
-                    self._rows.pop((change.kind, change.key), None)
-                else:
-                    self._rows[change.kind, change.key] = change.record
-            for effect in step.effects:
-                if effect.durable:
-                    self._outbox[effect.id] = effect
-                    self._last_effect_id = max(self._last_effect_id, effect.id)
-            for done in step.done:
-                self._outbox.pop(done, None)
-            for note in step.notes:
-                sequence = len(self._history) + 1
-                entry = HistoryEntry(sequence, batch.at_ns, note.type, note.subject, note.data)
-                self._history.append(entry)
-        return len(self._history)
-
-    def history(self, after: int, limit: int) -> list[HistoryEntry]:
-        """Entries with a number above `after`."""
-        return self._history[after : after + limit]
-
-    def last_history(self) -> int:
-        """The newest entry's number."""
-        return len(self._history)
-
-    def close(self) -> None:
-        """Nothing to close."""

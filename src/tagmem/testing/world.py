@@ -1,0 +1,315 @@
+"""The whole system in one process, from a seed: orchestrator, appliance, hosts, a client, and faults.
+
+A run has three parts. In the *storm* messages are lost, repeated and overtake each other, connections
+break, and any process may die at any commit, while a client creates, attaches, launches and releases.
+Then comes *calm*: no faults, everybody is up, and the client gives everything back. At the *end* nothing
+may be left: that is checked, as the invariants are after every event on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from uuid import UUID
+
+from tagmem.base.units import MIB, MILLISECOND, SECOND, Nanoseconds
+from tagmem.domain import effects, invariants
+from tagmem.domain.device import DeviceMachine
+from tagmem.domain.device_records import FM_PORT, AllocState, DeviceSpec, LdSpec, RegionSpec
+from tagmem.domain.extent import InvariantViolated
+from tagmem.domain.invariants import DeviceExtent
+from tagmem.domain.machine import OrchestratorMachine
+from tagmem.domain.outcome import Outcome, Reply
+from tagmem.domain.records import ApplianceState, Extent
+from tagmem.domain.state import State
+from tagmem.ports import Event, Loaded
+from tagmem.testing.control import OrchestratorProcess
+from tagmem.testing.device import ApplianceProcess, SimMedia
+from tagmem.testing.hosts import HostProcess
+from tagmem.testing.nodes import Connection
+from tagmem.testing.sim import CALM, Faults, Simulation
+
+BLOCK_BYTES = 2 * MIB
+POOL_BYTES = 64 * MIB
+APPLIANCE = "a0"
+HOSTS = ("w1", "w2")
+TAGS_MAX = 8
+CHECK_EVERY = 16
+"""Events between two looks at everything; after the others only what is cheap is looked at."""
+
+
+class Planted:
+    """Machines that can be swapped for ones with a bug, to show that the simulator finds it."""
+
+    def __init__(
+        self,
+        orchestrator: Callable[[], OrchestratorMachine] = OrchestratorMachine,
+        device: Callable[[DeviceSpec], DeviceMachine] = DeviceMachine,
+        *,
+        forgets_outbox: bool = False,
+    ) -> None:
+        self.orchestrator = orchestrator
+        self.device = device
+        self.forgets_outbox = forgets_outbox
+
+
+NOTHING_PLANTED = Planted()
+
+
+class Unsettled(InvariantViolated):
+    """Faults have stopped, everything was given back, and something is still not at rest."""
+
+
+class _Forgetful(OrchestratorProcess):
+    """Starts without what it still had to do: the third planted bug."""
+
+    def load(self) -> Loaded:
+        loaded = super().load()
+        return Loaded(loaded.records, (), loaded.last_effect_id)
+
+
+class World:
+    """One simulated pod."""
+
+    def __init__(self, seed: int, planted: Planted = NOTHING_PLANTED) -> None:
+        self.sim = Simulation(seed)
+        media = SimMedia(BLOCK_BYTES)
+        self.media = {APPLIANCE: media}
+        region = RegionSpec(0, POOL_BYTES, BLOCK_BYTES)
+        spec = DeviceSpec((region,), tuple(LdSpec(h, mirrored=h == "w2") for h in HOSTS))
+        self.appliance = ApplianceProcess(self.sim, APPLIANCE, spec, media, planted.device)
+        kind = _Forgetful if planted.forgets_outbox else OrchestratorProcess
+        self.orchestrator = kind(self.sim, self._dial_fm, planted.orchestrator)
+        self.hosts = {
+            name: HostProcess(
+                self.sim,
+                name,
+                {APPLIANCE: ld},
+                self.media,
+                self._dial_mailbox,
+                self._dial_orchestrator,
+            )
+            for ld, name in enumerate(HOSTS)
+        }
+        self.client = Client(self)
+        self._countdown = CHECK_EVERY
+
+    # ---- wires
+
+    def _break_sometimes(self, wire: Connection) -> None:
+        if self.sim.chance(self.sim.faults.disconnect):
+            pause = self.sim.random.randrange(1, 2000) * MILLISECOND
+            self.sim.after(pause, partial(wire.close, "the connection broke"))
+
+    def _dial_fm(self, name: str, to_client: Callable[[bytes], None]) -> Connection | None:
+        wire = self.appliance.accept(FM_PORT, to_client, fifo=False)
+        if wire is not None:
+            self._break_sometimes(wire)
+        return wire
+
+    def _dial_mailbox(
+        self, name: str, ld: int, to_client: Callable[[bytes], None]
+    ) -> Connection | None:
+        # A mailbox is a register interface: it neither loses nor repeats commands.
+        wire = self.appliance.accept(ld, to_client, fifo=True)
+        if wire is not None:
+            self._break_sometimes(wire)
+        return wire
+
+    def _dial_orchestrator(self, to_client: Callable[[bytes], None]) -> Connection | None:
+        if not self.orchestrator.alive:
+            return None
+        wire = Connection(
+            self.sim,
+            lambda data: self.orchestrator.take_agent_message(wire, data),
+            to_client,
+            fifo=True,
+        )
+        self._break_sometimes(wire)
+        return wire
+
+    # ---- running
+
+    def run(self, storm_ns: Nanoseconds = 20 * SECOND, calm_ns: Nanoseconds = 120 * SECOND) -> None:
+        """Storm, calm, end. Raises InvariantViolated with the seed in its notes."""
+        sim = self.sim
+        sim.faults = _weather(sim)
+        sim.say(f"seed {sim.seed} {sim.faults}")
+        try:
+            self.appliance.start()
+            self.orchestrator.start()
+            for host in self.hosts.values():
+                host.start()
+            self.orchestrator.post(effects.RegisterAppliance(APPLIANCE, "sim"))
+            self.client.begin()
+            sim.run(sim.now() + storm_ns, self._check)
+            sim.faults = CALM
+            sim.say("calm")
+            self._register_again()
+            self.client.give_back()
+            sim.run(sim.now() + calm_ns, self._check)
+            self._end()
+        except Exception as error:
+            error.add_note(f"seed {sim.seed}; the last of {len(sim.transcript)} lines:")
+            for line in sim.transcript[-40:]:
+                error.add_note(line)
+            raise
+
+    def _register_again(self) -> None:
+        event = effects.RegisterAppliance(APPLIANCE, "sim")
+        self.sim.after(5 * SECOND, lambda: self.orchestrator.post(event))
+        for host in self.hosts.values():
+            host.end_all()
+
+    # ---- checking
+
+    def _check(self) -> None:
+        self._countdown -= 1
+        if self._countdown == 0:
+            self._countdown = CHECK_EVERY
+            self._check_all()
+
+    def device_extents(self) -> list[DeviceExtent]:
+        """What the device's own books say that hosts hold, in media offsets."""
+        return [
+            DeviceExtent(holder.ld, holder.region, row.tag, Extent(piece.start, piece.length))
+            for row in self.appliance.machine.state.allocations.values()
+            if row.state is AllocState.LIVE
+            for holder in row.holders
+            if not holder.pending
+            for piece in row.pieces
+        ]
+
+    def _check_all(self) -> None:
+        state = self.state
+        invariants.check(state)
+        if self.appliance.alive and self.orchestrator.alive and APPLIANCE in state.appliances:
+            if state.has_region(APPLIANCE, 0):
+                invariants.check_device(state, APPLIANCE, self.device_extents())
+
+    @property
+    def state(self) -> State:
+        """The orchestrator's."""
+        return self.orchestrator.machine.state
+
+    def _end(self) -> None:
+        """Everything was given back, wiped, and is known to be."""
+        self._check_all()
+        state, device = self.state, self.appliance.machine.state
+        left: list[str] = [
+            *(f"capacity {tag} is {c.state.value}" for tag, c in state.capacities.items()),
+            *(f"quarantine {key}" for key in state.quarantines),
+            *(f"effect {effect}" for effect in state.outbox.values()),
+            *(f"allocation {row.file} {row.state.name}" for row in device.allocations.values()),
+            *(f"block {block} has bytes of {tag}" for block, tag in self._dirty()),
+            *(f"{h.name} shows {tag}" for h in self.hosts.values() for tag in h.devices),
+            *(f"the client waits for {tag}" for tag in self.client.waiting()),
+        ]
+        if state.appliances[APPLIANCE].state is not ApplianceState.READY:
+            left.append("the appliance is in doubt")
+        if left:
+            raise Unsettled("not at rest: " + "; ".join(left))
+        loaded = self.orchestrator.load()
+        invariants.check_same(state, State.restored(loaded))
+
+    def _dirty(self) -> list[tuple[tuple[int, int], str]]:
+        return list(self.media[APPLIANCE].blocks.items())
+
+
+def _weather(sim: Simulation) -> Faults:
+    """How bad it gets, drawn from the seed: from almost calm to awful."""
+    draw = sim.random.random
+    grade = sim.random.choice((0.0, 0.3, 1.0))
+    return Faults(
+        loss=0.02 * draw() * grade,
+        duplicate=0.05 * draw() * grade,
+        reorder=0.10 * draw() * grade,
+        disconnect=0.5 * draw() * grade,
+        crash=0.01 * draw() * grade,
+        delay_max_ns=sim.random.choice((1, 5, 60)) * MILLISECOND,
+    )
+
+
+class Client:
+    """Somebody who wants memory, loses answers, and asks again."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sim = world.sim
+        self._tags: list[str] = []
+        self._ending = False
+        self._launches = 0
+
+    def waiting(self) -> list[str]:
+        """Tags that were asked back and are not known to be gone."""
+        return list(self._tags)
+
+    def begin(self) -> None:
+        """Ask for something now and then."""
+        self._sim.after(self._sim.random.randrange(1, 300) * MILLISECOND, self._something)
+
+    def _something(self) -> None:
+        if self._ending:
+            return
+        choice = self._sim.random.random()
+        if choice < 0.45 and len(self._tags) < TAGS_MAX:
+            self._create()
+        elif self._tags:
+            tag = self._sim.random.choice(self._tags)
+            if choice < 0.6:
+                self._launch(tag)
+            elif choice < 0.7:
+                self._ask(effects.AttachCapacity(tag, self._sim.random.choice(HOSTS)))
+            elif choice < 0.8:
+                self._ask(effects.StopWorkload(tag, self._sim.random.choice(HOSTS)))
+            elif choice < 0.83:
+                self._ask(effects.RefreshAppliance(APPLIANCE))
+            else:
+                self._release(tag)
+        self.begin()
+
+    def _ask(self, event: Event, answer: Callable[[Reply], None] | None = None) -> None:
+        """Send a request; it, or its answer, may be lost or repeated."""
+        sim, faults = self._sim, self._sim.faults
+        copies = 2 if sim.chance(faults.duplicate) else 1
+        for _ in range(copies):
+            if not sim.chance(faults.loss):
+                sim.after(sim.delay(), lambda: self._world.orchestrator.post(event, answer))
+
+    def _create(self) -> None:
+        random = self._sim.random
+        tag = str(UUID(int=random.getrandbits(128), version=4))
+        self._tags.append(tag)
+        hosts = (random.choice(HOSTS),) if random.random() < 0.85 else ()
+        size = random.choice((1, 1, 2, 3, 4, 8, 20)) * BLOCK_BYTES
+        contiguous = random.random() < 0.5
+        event = effects.CreateCapacity(tag, size, hosts, contiguous=contiguous)
+        self._sim.say(f"client: create {tag[:8]} {size // MIB} MiB for {','.join(hosts)}")
+        self._ask(event)
+
+    def _launch(self, tag: str) -> None:
+        self._launches += 1
+        host = self._sim.random.choice(HOSTS)
+        identity = f"{self._launches:08d}-work"
+        self._ask(effects.LaunchWorkload(tag, host, identity, ("app",)))
+
+    def _release(self, tag: str) -> None:
+        up_to = self._sim.random.choice(("ask", "stop", "detach", "detach", "restart", "force"))
+        deadlines = {"ask": 200 * MILLISECOND, "stop": 300 * MILLISECOND, "detach": SECOND}
+        event = effects.ReleaseCapacity(tag, up_to=up_to, deadlines_ns=deadlines)
+        self._ask(event, partial(self._released, tag))
+
+    def _released(self, tag: str, reply: Reply) -> None:
+        """TAG_IS_UNKNOWN is the only certain end; a tag that never came to be is also unknown."""
+        if self._ending and reply.outcome is Outcome.TAG_IS_UNKNOWN and tag in self._tags:
+            self._tags.remove(tag)
+
+    def give_back(self) -> None:
+        """Ask for the return of everything, and go on asking until it is gone."""
+        self._ending = True
+        for tag in self._tags:
+            self._release(tag)
+        if self._tags:
+            self._sim.after(2 * SECOND, self.give_back)
+
+
