@@ -19,7 +19,7 @@ from typing import Any
 
 from tagmem.agent import records as r
 from tagmem.agent.config import HostConfig
-from tagmem.agent.connection import Connection, close_quietly
+from tagmem.agent.connection import Connection, Dial, close_quietly
 from tagmem.agent.loop import AgentMachine
 from tagmem.agent.mailbox import HostLink, MediaAnswer
 from tagmem.agent.proof import Prover, Target
@@ -62,7 +62,7 @@ class Worker:
 
 
 class HostService:
-    """The agent of one host, built from explicit adapters; `run` until cancelled."""
+    """The agent of one host, built from explicit adapters; `run` until `stop`."""
 
     def __init__(
         self,
@@ -72,6 +72,7 @@ class HostService:
         devices: DaxDevices,
         workloads: Workloads,
         prover: Prover,
+        dial: Dial,
     ) -> None:
         self._config = config
         self._devices = devices
@@ -84,13 +85,16 @@ class HostService:
         self.session = OrchestratorSession(config.orchestrator, hello, self.engine.post)
         self._directories = {a.name: a.directory for a in config.appliance}
         self.connections = {
-            a.name: Connection(HostLink(a.name), a.socket, clock, self.engine.post, self._media)
+            a.name: Connection(
+                HostLink(a.name), a.socket, clock, self.engine.post, self._media, dial
+            )
             for a in config.appliance
         }
         self._tickets: dict[str, int] = {}
         self._surfacing: dict[str, r.Surface] = {}
         self._media_kept: dict[str, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = asyncio.Event()
         self._device_worker = Worker("devices", self._work_devices)
         self._proof_worker = Worker("proof", self._work_proofs)
         self._workload_worker = Worker("workloads", self._work_workloads)
@@ -111,8 +115,16 @@ class HostService:
             *(w.run() for w in (self._device_worker, self._proof_worker, self._workload_worker)),
         ]
         async with asyncio.TaskGroup() as group:
-            for part in parts:
-                group.create_task(part)
+            tasks = [group.create_task(part) for part in parts]
+            await self._stopping.wait()
+            await self.engine.stop()
+            await tasks[0]
+            for task in tasks[1:]:
+                task.cancel()
+
+    def stop(self) -> None:
+        """End `run` after the commit under way. Workloads go on; the next agent finds them."""
+        self._stopping.set()
 
     def _post(self, event: Event) -> None:
         """From a worker's thread."""

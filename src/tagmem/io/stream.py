@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +34,7 @@ DESCRIPTORS_MAX = 16
 SOCKET_PATH_BYTES_MAX = 107
 """Of a Unix socket's address (108 bytes with its end)."""
 SOCKET_MODE = 0o600
+_CREDENTIALS = struct.Struct("3i")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
 
 
@@ -63,6 +65,12 @@ class Connection:
         self.pending_bytes = 0
         """Bytes that the other side has not taken yet."""
         self.open = True
+
+    @property
+    def peer_pid(self) -> int:
+        """The process at the other end; 0 when the kernel does not say."""
+        packed = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return int(_CREDENTIALS.unpack(packed)[0])
 
     def attach(self, peer: Peer) -> None:
         """Start telling `peer` what comes."""
@@ -222,7 +230,7 @@ def _bound(path: Path) -> socket.socket:
     try:
         sock.setblocking(False)
         _remove_stale(path)
-        # Bound under a private name and moved when its mode is right: nobody can connect in between.
+        # Bound under a private name and moved when its mode is right: nobody connects in between.
         private = path.with_name(f".{os.getpid()}")
         with suppress(FileNotFoundError):
             private.unlink()
