@@ -194,7 +194,7 @@ class FmLink:
             given_up = self._pending.add(effect)
             if given_up is not None:
                 self._finish(given_up, ReturnCode.RETRY_REQUIRED)
-            self._pump(now)
+        self._pump(now)
 
     def forget(self, effect_ids: Iterable[int], now: Nanoseconds) -> None:
         """These effects are done, by a committed step: they need not be carried out (again)."""

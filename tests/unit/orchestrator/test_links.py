@@ -278,6 +278,13 @@ def test_a_wanted_snapshot_waits_for_commands_under_way() -> None:
     assert isinstance(pair.log[-1], AddStarted)
 
 
+def test_a_wanted_snapshot_is_taken_at_once() -> None:
+    pair = Pair().ready()
+    pair.link.perform(ReadAppliance(0, Z0), pair.now)
+    pair.settle()
+    assert len(snapshots(pair)) == 1
+
+
 def test_a_snapshot_wanted_before_the_last_is_committed_follows_it() -> None:
     pair = Pair().connect()
     pair.link.perform(ReadAppliance(0, Z0), pair.now)
