@@ -33,6 +33,11 @@ _FIRST, _SECOND = HOSTS
 _SAMPLES = 50
 _ATTEMPTS_MAX = 5
 _MAP_COLUMNS = 66
+_RUNGS = {
+    "ask": "the workload is sent SIGTERM",
+    "stop": "the workload is killed",
+    "detach": "the DAX device is taken away",
+}
 _MEANS = {
     "capacity.created": "placed and committed, before anybody outside knows of it",
     "capacity.offered": "5604h answered: the host is being shown the extents",
@@ -160,6 +165,7 @@ class Steps:
             # The host's agent starts it under a small shell, which notes how it ends.
             ours = [p for p, _ in holders if pid in (p, proof.parent(p))]
             self._check(bool(ours), f"memcached does not map {device}")
+            self._events(self._tag)
             self._say.proof("mapped by", ", ".join(f"{name} (pid {p})" for p, name in holders))
             came_to.append(f"memcached {cache.version}, pid {pid}")
 
@@ -251,14 +257,12 @@ class Steps:
             until(self._proved, "the tag comes back", 60.0)
             events = self._events(self._tag)
             rungs = [str(e.data["rung"]) for e in events if e.type == "capacity.rung"]
-            self._say.fact("ladder", " -> ".join(rungs))
+            self._check(bool(rungs), "the release climbed no rung")
             left = list(proof.holders_of_inode(status.st_dev, status.st_ino))
             self._check(not left, f"still held by {left}")
             self._check(not os.path.lexists(device), f"{device} is still there")
             self._say.proof("holders", "no process maps the bytes or has them open,")
-            came_to.append(
-                f"released at rung {rungs[-1] if rungs else 'ask'}; nobody holds the bytes"
-            )
+            came_to.append(f"memcached {how}; nobody holds the bytes")
 
     def _proved(self) -> bool | None:
         """True when the host has proved that it no longer uses the tag."""
@@ -335,10 +339,9 @@ class Steps:
             self._say.fact("map", "\n".join(self._map()))
             run_dir = str(self._layout.run_dir(_SECOND))
             with tagmem.open(self._next_tag, run_dir=run_dir, timeout=10.0) as capacity:
-                view = memoryview(capacity)
-                self._check(len(view) == TAG_BYTES, f"{_SECOND} sees {len(view)} bytes")
-                dirty = proof.first_nonzero(view)
-                view.release()
+                size = len(capacity.view)
+                self._check(size == TAG_BYTES, f"{_SECOND} sees {size} bytes")
+                dirty = proof.first_nonzero(capacity.view)
             self._check(dirty < 0, f"{_SECOND} reads something at offset {dirty:#x}")
             self._say.proof(
                 f"read on {_SECOND}", f"{TAG_BYTES:,} bytes through tagmem.open, all zero,"
@@ -393,7 +396,10 @@ class Steps:
         return next(region for region in regions if region.index == REGION)
 
     def _map(self) -> list[str]:
-        return draw(insist(lambda: self._client.appliance_map(APPLIANCE)), _MAP_COLUMNS)
+        """The pool that the tag lies in, drawn."""
+        whole = insist(lambda: self._client.appliance_map(APPLIANCE))
+        pools = tuple(pool for pool in whole.pools if REGION in pool.regions)
+        return draw(rest.ApplianceMapDocument(whole.appliance, pools), _MAP_COLUMNS)
 
     def _events(self, tag: str) -> list[rest.EventDocument]:
         """Tell, and return, what the orchestrator recorded about a tag since it was last asked."""
@@ -404,8 +410,10 @@ class Steps:
         ours = [event for event in happened if event.subject.partition("/")[0] == tag]
         for event in ours:
             at_ms = (event.time_ns - ours[0].time_ns) / 1e6
-            facts = {name: event.data.get(name) for name in ("rung", "pid", "exit_code", "reason")}
-            meaning = _MEANS.get(event.type) or ", ".join(
+            facts = {name: event.data.get(name) for name in ("pid", "exit_code", "reason")}
+            rung = str(event.data.get("rung", ""))
+            known = f"{rung}: {_RUNGS.get(rung, 'by force')}" if rung else _MEANS.get(event.type)
+            meaning = known or ", ".join(
                 f"{name} {value}" for name, value in facts.items() if value not in (None, "")
             )
             self._say.fact("", f"{at_ms:+7.1f} ms  {event.type:<20} {meaning}".rstrip())
