@@ -17,6 +17,7 @@ from tagmem.domain import effects as ev
 from tagmem.domain import invariants
 from tagmem.domain.invariants import DeviceExtent
 from tagmem.domain.machine import OrchestratorMachine
+from tagmem.domain.outcome import Outcome
 from tagmem.domain.records import ApplianceState, AttachmentState, LdRecord, RegionRecord, Sharing
 from tagmem.ports import Effect, Event, Loaded, Step, Tick
 
@@ -167,7 +168,8 @@ class World(RuleBasedStateMachine):
         self, tag: Tag, blocks: int, hosts: list[HostId], kind: str, contiguous: bool
     ) -> None:
         shared = kind == "shared"
-        self.do(
+        ready = self.machine.state.appliances["a0"].state is ApplianceState.READY
+        step = self.do(
             ev.CreateCapacity(
                 tag,
                 blocks * BLOCK,
@@ -177,6 +179,7 @@ class World(RuleBasedStateMachine):
                 contiguous=contiguous,
             )
         )
+        assert ready or step.reply.outcome is not Outcome.CREATED
 
     @rule(tag=st.sampled_from(TAGS), host=st.sampled_from(HOSTS))
     def attach(self, tag: Tag, host: HostId) -> None:
@@ -304,18 +307,29 @@ class World(RuleBasedStateMachine):
         if accept:
             self.mapped.add((key[0], host))
 
-    @precondition(lambda self: self.device.held)
+    def _uses(self) -> list[tuple[str, int]]:
+        mapped = {(tag, HOSTS.index(host)) for tag, host in self.mapped}
+        return sorted(mapped | self.device.held.keys())
+
+    @precondition(lambda self: self._uses())
     @rule(data=st.data())
     def prove(self, data: st.DataObject) -> None:
         """A host stops its processes, gives back, and says so."""
-        tag, ld = data.draw(st.sampled_from(sorted(self.device.held)))
+        tag, ld = data.draw(st.sampled_from(self._uses()))
         host = HOSTS[ld]
         wanted = self.machine.desired(host, tag)
         if wanted is None or not wanted.released:
             return
         self.mapped.discard((tag, host))
-        self.device.give_back((tag, ld))
+        if (tag, ld) in self.device.held:
+            self.device.give_back((tag, ld))
         self.do(ev.HostObserved(host, Tag(tag), wanted.revision, "released", proved=True))
+
+    @precondition(lambda self: self.device.held)
+    @rule(data=st.data())
+    def vanish(self, data: st.DataObject) -> None:
+        """Somebody else took it from a host by force, and its processes know nothing of that."""
+        self.device.give_back(data.draw(st.sampled_from(sorted(self.device.held))))
 
     @rule(tag=st.sampled_from(TAGS), host=st.sampled_from(HOSTS), stale=st.booleans())
     def report(self, tag: Tag, host: HostId, stale: bool) -> None:
@@ -414,6 +428,8 @@ class World(RuleBasedStateMachine):
                     gone = (wanted.tag, wanted.ld) not in self.device.pending
                     revision, proved = wanted.revision, wanted.released and gone
                     phase = "released" if proved else "absent"
+                    if proved:
+                        self.mapped.discard((wanted.tag, host))
                     self.do(ev.HostObserved(host, wanted.tag, revision, phase, proved=proved))
             for dirty in sorted(self.device.dirty):
                 self.device.sanitised(dirty)
