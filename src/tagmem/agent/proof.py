@@ -108,7 +108,10 @@ class Prover:
                 of_device = True  # Another host's; it proves its own release.
             else:
                 holders.append(Holding(pid, name, how))
-        unique = tuple(sorted({(h.pid, h.name): h for h in holders}.values(), key=lambda h: h.pid))
+        first: dict[int, Holding] = {}
+        for holder in holders:
+            first.setdefault(holder.pid, holder)
+        unique = tuple(first[pid] for pid in sorted(first))
         if unique:
             return Proof(unique, look.complete, look.reason)
         if not look.complete:
