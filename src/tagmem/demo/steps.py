@@ -262,6 +262,7 @@ class Steps:
             self._check(not left, f"still held by {left}")
             self._check(not os.path.lexists(device), f"{device} is still there")
             self._say.proof("holders", "no process maps the bytes or has them open,")
+            how = "had to be killed" if "stop" in rungs else "ended when asked"
             came_to.append(f"memcached {how}; nobody holds the bytes")
 
     def _proved(self) -> bool | None:
