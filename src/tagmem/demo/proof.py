@@ -93,6 +93,14 @@ def holders_of_inode(device: int, inode: int) -> Iterator[tuple[int, str]]:
             yield int(entry), name
 
 
+def command_line(pid: int) -> list[str]:
+    """The arguments of a process; none when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
 def parent(pid: int) -> int:
     """The parent of a process; 0 when it has ended."""
     try:
