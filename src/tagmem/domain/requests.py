@@ -313,13 +313,17 @@ def _cannot_attach(
         for record in state.attachments.get(tag, {}).values()
         if record.state not in attachments.OVER and record is not present
     ]
-    if others and capacity.sharing is Sharing.NONE:
+    alone = capacity.sharing is Sharing.NONE
+    if alone and any(record.state in attachments.WANTED for record in others):
         detail = f"it is not shared, and {others[0].host} has it"
         return refusal(Outcome.TAG_IS_NOT_SHARABLE, tag, detail)
     if capacity.state is CapacityState.QUARANTINED:
         return refusal(Outcome.TAG_IS_QUARANTINED, tag, capacity.fault)
     if present is not None and present.state not in attachments.OVER:
         return refusal(Outcome.TAG_IS_STILL_HELD, tag, "that host is still giving it back")
+    if alone and others:
+        detail = f"{others[0].host} is still giving it back"
+        return refusal(Outcome.TAG_IS_STILL_HELD, tag, detail)
     if (present is not None and present.held) or capacity.state is CapacityState.SANITISING:
         return refusal(Outcome.TAG_IS_STILL_HELD, tag, "its media is being sanitised")
     if state.appliances[capacity.appliance].state is not ApplianceState.READY:
