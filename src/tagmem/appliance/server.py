@@ -295,6 +295,7 @@ class Appliance:
         self._dispatch: dict[int, PortDispatch] = dict(enumerate(hosts))
         self._dispatch[FM_PORT] = FmDispatch(identity, hosts)
         self._paths = {ld: host.socket for ld, host in enumerate(config.host)}
+        # Last, so that whoever finds this port finds them all.
         self._paths[FM_PORT] = config.fm_socket
         self._stop = asyncio.Event()
 
