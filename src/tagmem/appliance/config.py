@@ -54,6 +54,8 @@ DEFAULT_MEDIA_DIR = "/dev/shm/tagmem"  # noqa: S108 - the tmpfs that every Linux
 BLOCK_BYTES_MIN = 4 * KIB
 """A page: less cannot be wiped by taking pages away."""
 HUGE_PAGE_BYTES = 2 * MIB
+SOCKET_PATH_BYTES_MAX = 107
+"""Of a Unix socket's address (108 bytes with its end)."""
 MAILBOX_BYTES_MIN = 512
 """Holds an event record and its header (CXL r3.1 8.2.8.4.3 has 256 to 1 MiB)."""
 
@@ -172,7 +174,7 @@ class ApplianceConfig(_Section, frozen=True):
         self.spec()
         names: set[str] = set()
         sockets = {self.fm_socket}
-        _absolute(self.fm_socket, "fm_socket")
+        _socket(self.fm_socket, "fm_socket")
         _absolute(self.state_dir, "state_dir")
         if self.media_dir:
             _absolute(self.media_dir, "media_dir")
@@ -184,7 +186,7 @@ class ApplianceConfig(_Section, frozen=True):
                 raise InvalidInput(f"{field}.ld", f"its place in the list, {index}", host.ld)
             if host.socket in sockets:
                 raise InvalidInput(f"{field}.socket", "a path that nobody else has", host.socket)
-            _absolute(host.socket, f"{field}.socket")
+            _socket(host.socket, f"{field}.socket")
             if host.directory:
                 _absolute(host.directory, f"{field}.directory")
             names.add(host.name)
@@ -200,6 +202,12 @@ class ApplianceConfig(_Section, frozen=True):
 def _absolute(path: str, field: str) -> None:
     if not os.path.isabs(path):
         raise InvalidInput(field, "an absolute path", path)
+
+
+def _socket(path: str, field: str) -> None:
+    _absolute(path, field)
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise InvalidInput(field, f"a path of at most {SOCKET_PATH_BYTES_MAX} bytes", path)
 
 
 def _size(value: Size, field: str) -> Bytes:
