@@ -1,4 +1,4 @@
-"""DAX devices: one suite for the emulated host and for the kernel's surface (a recorded sysfs tree)."""
+"""DAX devices: one suite for the emulated host and the kernel's surface (a recorded tree)."""
 
 from __future__ import annotations
 
@@ -176,11 +176,11 @@ def test_a_read_only_tag_cannot_be_written_even_by_root(tmp_path: Path) -> None:
     host = Host("emulated", tmp_path)
     source = DaxSource(TAG, 0, SIZES[TAG], 2 * MIB, True, str(host.media / TAG), ())
     devices = host.devices()
-    try:
-        path = devices.surface(source)
-    except PermissionError as error:
-        assert "read-only" in str(error)
-        return  # Mounting is not allowed here, and that is what the user is told.
+    if os.geteuid() != 0:
+        with pytest.raises(PermissionError, match="a read-only tag needs it"):
+            devices.surface(source)
+        return
+    path = devices.surface(source)
     with pytest.raises(OSError, match="Read-only"):
         os.open(path, os.O_RDWR)
     assert Path(path).read_bytes()[:1] == b"\0"

@@ -1,8 +1,9 @@
-"""The agent's loop against a small model of a device and a host, in any order of events, with crashes.
+"""The agent's loop against a small model of a device and a host, in any order of events, with
+crashes.
 
-Whatever happens: a group is answered once and in order, nothing is returned while a process holds it or
-could still find it by name, and what is said to be released and proved is so. When people stop
-meddling, everything that is not wanted comes back.
+Whatever happens: a group is answered once and in order, nothing is returned while a process holds
+it or could still find it by name, and what is said to be released and proved is so. When people
+stop meddling, everything that is not wanted comes back.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from tagmem.agent import records as r
 from tagmem.agent.loop import AgentMachine
-from tagmem.base.units import MIB, SECOND
+from tagmem.base.units import MIB, SECOND, Dpa
 from tagmem.ports import Batch, Effect, Event, Holding, Tick
 from tagmem.store.memory import MemoryStore
 from tagmem.wire.agentapi import Desired, Workload, WorkloadReport
 
 TAGS = tuple(f"00000000-0000-4000-8000-00000000000{n}" for n in range(1, 4))
 SIZE = 2 * MIB
-REGIONS = (r.Region(0, 1024 * MIB, 2 * MIB),)
+REGIONS = (r.Region(Dpa(0), 1024 * MIB, 2 * MIB),)
 HOST = (r.Surface, r.Withdraw)
 WORK = (r.Launch, r.Signal)
 PROOF = (r.CheckHolders, r.KillHolders)
@@ -97,7 +98,7 @@ class World(RuleBasedStateMachine):
 
     def read(self, *, fresh: bool) -> r.DeviceRead:
         held = tuple(
-            r.Extent(dpa, length, tag)
+            r.Extent(Dpa(dpa), length, tag)
             for tag, spans in self.accepted.items()
             for dpa, length in spans
         )
@@ -106,7 +107,7 @@ class World(RuleBasedStateMachine):
     def offer_group(self, offer: int, tag: str, spans: tuple[r.Span, ...]) -> None:
         self.next_group += 1
         self.numbers[self.next_group] = offer
-        extents = tuple(r.Extent(dpa, length, tag) for dpa, length in spans)
+        extents = tuple(r.Extent(Dpa(dpa), length, tag) for dpa, length in spans)
         self.give(r.Offered("a0", self.next_group, extents))
 
     # ---- what others do
@@ -153,7 +154,7 @@ class World(RuleBasedStateMachine):
         if tag in self.accepted and self.session_up:
             spans = self.accepted[tag]
             self.next_group += 1
-            extents = tuple(r.Extent(dpa, length, tag) for dpa, length in spans)
+            extents = tuple(r.Extent(Dpa(dpa), length, tag) for dpa, length in spans)
             self.give(r.ReleaseAsked("a0", self.next_group, extents))
 
     @rule(tag=st.sampled_from(TAGS))
@@ -161,7 +162,7 @@ class World(RuleBasedStateMachine):
         if tag in self.accepted and self.session_up:
             spans = self.accepted.pop(tag)
             self.next_group += 1
-            extents = tuple(r.Extent(dpa, length, tag) for dpa, length in spans)
+            extents = tuple(r.Extent(Dpa(dpa), length, tag) for dpa, length in spans)
             self.give(r.TakenByForce("a0", self.next_group, extents))
 
     @rule(tag=st.sampled_from(TAGS), pid=st.integers(100, 102))
