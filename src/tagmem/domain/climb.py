@@ -68,8 +68,6 @@ def _climb(turn: Turn, record: AttachmentRecord, capacity: CapacityRecord) -> No
 def _fence(turn: Turn, record: AttachmentRecord, capacity: CapacityRecord) -> None:
     """Ask for the fence, once at a time; it is asked for again at its deadline until it holds."""
     deadline = turn.now + ladder.deadline_ns(record.release or ReleasePlan(), "fence")
-    # A deadline of zero nanoseconds may not become a loop without time.
-    deadline = max(deadline, turn.now + 1_000_000)
     turn.put_attachment(replace(record, rung="fence", rung_deadline_ns=deadline))
     if turn.state.effect_for(FenceHost, record.tag, record.host) is not None:
         return

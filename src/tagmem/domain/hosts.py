@@ -77,10 +77,10 @@ def register(turn: Turn, event: RegisterHost) -> Reply:
 
 def _wrong_links(turn: Turn, present: HostRecord | None, event: RegisterHost) -> Reply | None:
     outcome = Outcome.NAME_EXISTS_WITH_OTHER_PARAMETERS
-    for appliance, ld in present.links.items() if present else ():
-        if event.links.get(appliance) != ld:
-            limit = f"{appliance} LD {ld}, as registered"
-            return problem(outcome, "links", limit, event.links.get(appliance), event.id)
+    for present_on, ld in present.links.items() if present else ():
+        if event.links.get(present_on) != ld:
+            limit = f"{present_on} LD {ld}, as registered"
+            return problem(outcome, "links", limit, event.links.get(present_on), event.id)
     for appliance, ld in event.links.items():
         other = turn.state.ld_hosts.get((appliance, ld))
         if other is not None and other != event.id:

@@ -9,7 +9,7 @@ not end: it stays visible with its holder, because a timeout never frees memory 
 
 from __future__ import annotations
 
-from tagmem.base.units import SECOND, Nanoseconds
+from tagmem.base.units import MILLISECOND, SECOND, Nanoseconds
 from tagmem.domain.records import RUNGS, ReleasePlan
 
 DEADLINES_NS: dict[str, Nanoseconds] = {
@@ -39,8 +39,10 @@ def rank(rung: str) -> int:
 
 
 def deadline_ns(plan: ReleasePlan, rung: str) -> Nanoseconds:
-    """How long one rung may take."""
-    return plan.deadlines_ns.get(rung, DEADLINES_NS[rung])
+    """How long one rung may take; never nothing, so that trying again cannot become a loop in no
+    time.
+    """
+    return max(plan.deadlines_ns.get(rung, DEADLINES_NS[rung]), MILLISECOND)
 
 
 def agent_time_ns(plan: ReleasePlan) -> Nanoseconds:

@@ -295,7 +295,7 @@ def _detail(window: Window, verdict: Verdict, request: Request) -> str:
         return f"{verdict.value}: more than {EXTENTS_PER_CAPACITY_MAX}"
     if verdict is Verdict.NOT_REACHABLE:
         return f"{verdict.value} of {', '.join(request.hosts)}"
-    return verdict.value
+    return str(verdict.value)
 
 
 def failure(candidates: Sequence[Candidate], request: Request, reachable: frozenset[str]) -> Reply:

@@ -65,6 +65,7 @@ class State:
         self._pending: dict[tuple[type[Effect], str, str], int] = {}
         self._timers: list[Timer] = []
         self._stale_pools: set[PoolKey] = set()
+        self._tags_stale = False
         self._regions: dict[tuple[str, int], RegionRecord] = {}
         self._lds: dict[tuple[str, int], LdRecord] = {}
         self._windows: tuple[Window, ...] | None = None
@@ -102,7 +103,9 @@ class State:
         """The appliances that every one of these hosts has a link to."""
         common: set[str] | None = None
         for host in hosts:
-            links = {a for a, ld in self.hosts[host].links.items() if self._knows_ld(a, ld)}
+            links: set[str] = {
+                a for a, ld in self.hosts[host].links.items() if self._knows_ld(a, ld)
+            }
             common = links if common is None else common & links
         return frozenset(self.appliances if common is None else common)
 
@@ -231,7 +234,7 @@ class State:
             for one in (old, record):
                 if one is not None:
                     self._mark_stale(one)
-            self.quarantined_tags = {q.tag for q in self.quarantines.values()}
+            self._tags_stale = True
         else:
             raise InvariantViolated(f"there is no kind {kind!r} of record")
 
@@ -346,6 +349,9 @@ class State:
         """Work out the pools whose quarantined extents or size have changed; to be called after
         such changes.
         """
+        if self._tags_stale:
+            self.quarantined_tags = {q.tag for q in self.quarantines.values()}
+            self._tags_stale = False
         stale, self._stale_pools = self._stale_pools, set()
         for key in stale:
             appliance, index = key

@@ -22,6 +22,7 @@ from tagmem.domain.attachment import Happening
 from tagmem.domain.capacity import Condition
 from tagmem.domain.effects import FenceHost, InitiateAdd, InitiateRelease, ReadAppliance, TellHost
 from tagmem.domain.extent import InvariantViolated
+from tagmem.domain.invariants import check_tag
 from tagmem.domain.records import (
     ApplianceRecord,
     ApplianceState,
@@ -59,7 +60,8 @@ class Turn:
         self._effects: list[Effect] = []
         self._done: list[int] = []
         self._notes: list[Note] = []
-        self._touched: dict[str, None] = {}
+        self._touched: dict[str, bool] = {}
+        """The capacities to settle, and whether an attachment of each was changed."""
         self._told: dict[tuple[HostId, Tag], None] = {}
         self._read: dict[ApplianceId, None] = {}
         self._revision = 0
@@ -78,7 +80,7 @@ class Turn:
     def put_attachment(self, record: AttachmentRecord) -> None:
         """Put an attachment; its capacity is settled at the end of the step."""
         self.put("attachment", record.key, record)
-        self._touched[record.tag] = None
+        self._touched[record.tag] = True
 
     def put_appliance(self, record: ApplianceRecord) -> None:
         """Put an appliance."""
@@ -86,13 +88,18 @@ class Turn:
 
     def touch(self, tag: str) -> None:
         """Settle this capacity at the end of the step."""
-        self._touched[tag] = None
+        self._touched.setdefault(tag, False)
+
+    def has_changed(self, tag: str) -> bool:
+        """Whether an attachment of this capacity was changed and the capacity is not settled
+        since.
+        """
+        return self._touched.get(tag, False)
 
     def settle_now(self, tag: str) -> None:
         """Settle this capacity at once, for a reply that depends on it."""
-        self._touched.pop(tag, None)
         settle(self, tag)
-        self._touched.pop(tag, None)
+        self._touched[tag] = False
 
     def revision(self) -> int:
         """The revision of this step: one, however much it changes."""
@@ -189,6 +196,9 @@ class Turn:
         """Settle what was touched, and hand over the step."""
         for tag in tuple(self._touched):
             settle(self, tag)
+        for tag in self._touched:
+            if tag in self.state.capacities:
+                check_tag(self.state, tag)
         self.state.fill_pools()
         self._effects.extend(TellHost(0, host, tag) for host, tag in self._told)
         self._effects.extend(ReadAppliance(0, appliance) for appliance in self._read)
@@ -308,7 +318,8 @@ def _keep(turn: Turn, capacity: CapacityRecord, following: CapacityState) -> Non
             turn.read_appliance(capacity.appliance)
         elif following is CapacityState.RESERVED:
             turn.note("capacity.reserved", capacity.tag)
-    turn.put_capacity(replace(turn.state.capacities[capacity.tag], **settings))
+    if settings or turn.has_changed(capacity.tag):
+        turn.put_capacity(replace(capacity, **settings))
 
 
 def _free(turn: Turn, capacity: CapacityRecord) -> None:

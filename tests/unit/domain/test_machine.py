@@ -584,3 +584,10 @@ def test_an_explanation_changes_nothing(world: World) -> None:
     found = world.machine.explain(Request(64 * MIB, (H1,), sharing=Sharing.READ_ONLY))
     assert found.choice is None
     assert "read-only" in found.sentence
+
+
+def test_a_snapshot_without_news_writes_nothing(world: World) -> None:
+    add = world.attached()
+    held = (ev.HeldExtent(0, 0, T, add.extents[0]),)
+    step = world.do(ev.ApplianceSnapshot(A0, held, (ev.ListedTag(T, (0,), (), False),)))
+    assert step == Step()

@@ -6,9 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.unit.domain import diagrams
 
 from tagmem.base.units import GIB, MIB, SECOND, Dpa, MediaOffset
-from tagmem.domain import attachment, capacity, diagrams, dpa, ladder
+from tagmem.domain import attachment, capacity, dpa, ladder
 from tagmem.domain.attachment import Happening
 from tagmem.domain.capacity import Condition
 from tagmem.domain.records import (
@@ -42,12 +43,11 @@ def test_only_a_clean_and_left_capacity_is_free() -> None:
     assert {c for (_, c), to in capacity.TABLE.items() if to is capacity.FREE} == {Condition.DONE}
 
 
-def test_the_page_of_state_machines_is_current() -> None:
+def test_the_page_of_state_machines_is_current(pytestconfig: pytest.Config) -> None:
     path = ROOT / "docs" / "state-machines.md"
-    assert path.read_text(encoding="utf-8") == diagrams.page(), (
-        "write it anew with: python -c 'from tagmem.domain.diagrams import page; "
-        'print(page(), end="")\' > docs/state-machines.md'
-    )
+    if pytestconfig.getoption("--rewrite"):
+        path.write_text(diagrams.page(), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == diagrams.page(), "write it anew with --rewrite"
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

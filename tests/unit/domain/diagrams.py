@@ -16,7 +16,7 @@ def page() -> str:
     parts = [
         "# State machines",
         "",
-        "Written by `tagmem.domain.diagrams` from the tables in `domain/capacity.py` and",
+        "Written by `tests/unit/domain/diagrams.py` from the tables in `domain/capacity.py` and",
         "`domain/attachment.py`; a test fails when it is not current. The diagrams leave out what",
         "changes nothing; the tables have every pair, with a dash for what cannot happen.",
     ]
