@@ -237,8 +237,8 @@ class AttachmentRecord(Record, frozen=True):
     """The host has proved that nothing maps or holds them."""
     fenced: bool = False
     held: tuple[Extent, ...] = ()
-    """What the host took and the appliance has not yet reported back; empty again when that media is
-    clean or another host's alone.
+    """What the host took and the appliance has not yet reported back; empty again when that media
+    is clean or another host's alone.
     """
 
     @property
