@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tagmem.demo.layout import DAEMONS, Layout
+from tagmem.demo.patience import until
 
 STEPS = ("decide", "offer", "accept", "launch", "load", "give back", "wipe", "re-offer")
 Choose = Callable[[str, str], str]
@@ -24,20 +25,35 @@ MOMENTS = ("before", "during")
 
 @dataclass(slots=True)
 class Chaos:
-    """Which daemon dies at which moment; `choose` gives "" for none."""
+    """Which daemon dies at which moment; `choose` gives "" for none.
+
+    `settle`, if there is one, is called before each step, when what was killed has been started
+    again: so that each kill meets a system that works. Without it troubles meet.
+    """
 
     layout: Layout
     choose: Choose = lambda _step, _moment: ""
+    settle: Callable[[], object] | None = None
     killed: list[str] = field(default_factory=list)
     """`step/moment: daemon` of each kill, in order."""
+    _dead: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, step: str, moment: str) -> str:
         """Kill what is due at this moment; its name, or "" when nobody was killed."""
+        if moment == MOMENTS[0] and self.settle is not None:
+            until(self._replaced, "what was killed is started again")
+            self.settle()
         name = self.choose(step, moment)
-        if not name or not kill(self.layout, name):
+        pid = kill(self.layout, name) if name else 0
+        if not pid:
             return ""
+        self._dead[name] = pid
         self.killed.append(f"{step}/{moment}: {name}")
         return name
+
+    def _replaced(self) -> bool | None:
+        pids = running(self.layout)
+        return all(pids[name] not in (0, pid) for name, pid in self._dead.items()) or None
 
 
 def seeded(seed: int) -> Choose:
@@ -51,16 +67,16 @@ def always(name: str, moment: str) -> Choose:
     return lambda _step, now: name if now == moment else ""
 
 
-def kill(layout: Layout, name: str) -> bool:
-    """`kill -9` of a daemon; False when it is down already."""
+def kill(layout: Layout, name: str) -> int:
+    """`kill -9` of a daemon; the process that was killed, 0 when it is down already."""
     pid = running(layout).get(name, 0)
     if not pid:
-        return False
+        return 0
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
-        return False
-    return True
+        return 0
+    return pid
 
 
 def running(layout: Layout) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -85,14 +86,15 @@ def demo(
     """The seven steps. Without `state_dir` in a folder of its own, which is removed at the end.
 
     `chaos_seed` kills daemons while it runs; `choose` says which ones when (step and moment to a
-    daemon's name).
+    daemon's name), and has the system recover between the steps.
     """
     say = console or Console()
     folder = None if state_dir else tempfile.mkdtemp(prefix="tagmem-demo-")
     layout = Layout.of(state_dir or str(folder))
-    if choose is None and chaos_seed is not None:
-        choose = seeded(chaos_seed)
-    chaos = Chaos(layout, choose) if choose else Chaos(layout)
+    if choose is not None:
+        chaos = Chaos(layout, choose, lambda: system.wait_ready(layout, deaths_max=sys.maxsize))
+    else:
+        chaos = Chaos(layout) if chaos_seed is None else Chaos(layout, seeded(chaos_seed))
     code = EXIT_FAILED
     with _stoppable():
         try:

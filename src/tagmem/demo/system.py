@@ -106,10 +106,13 @@ def status(layout: Layout) -> dict[str, dict[str, object]]:
     return daemons
 
 
-def wait_ready(layout: Layout, seconds: float = READY_SECONDS) -> rest.HealthDocument:
+def wait_ready(
+    layout: Layout, seconds: float = READY_SECONDS, *, deaths_max: int = EARLY_DEATHS_MAX
+) -> rest.HealthDocument:
     """Until the API answers, the appliance has been read and both hosts are connected.
 
-    Raises OutcomeUnknown with the last words of whichever daemon is not well.
+    Raises OutcomeUnknown with the last words of whichever daemon is not well: has died
+    `deaths_max` times just after it was started.
     """
     deadline = time.monotonic() + seconds
     why = "the orchestrator does not answer"
@@ -123,9 +126,7 @@ def wait_ready(layout: Layout, seconds: float = READY_SECONDS) -> rest.HealthDoc
             why = waiting
         except TagmemError as error:
             why = str(error)
-        failing = [
-            n for n, d in status(layout).items() if _number(d, "early_deaths") >= EARLY_DEATHS_MAX
-        ]
+        failing = [n for n, d in status(layout).items() if _number(d, "early_deaths") >= deaths_max]
         if failing:
             name = failing[0]
             raise OutcomeUnknown(
