@@ -277,11 +277,12 @@ class Media(Protocol):
 
     def reconcile(
         self, files: Mapping[str, bool], exposed: Mapping[str, Sequence[str]]
-    ) -> list[str]:
-        """Bring the medium to what the device knows after a restart; returns what was missing.
+    ) -> tuple[list[str], set[tuple[str, str]]]:
+        """Bring the medium to what the device knows after a restart.
 
         `files`: every allocation, and whether its bytes must be there. `exposed`: per host
-        directory, the allocations that may be found there.
+        directory, the allocations that are to be found there. Returns the allocations whose bytes
+        were missing, and what is exposed already as (directory, allocation).
         """
         ...
 

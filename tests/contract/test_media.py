@@ -175,7 +175,8 @@ def test_a_new_incarnation_has_another_name(bench: Bench) -> None:
 def test_reconciling_keeps_what_the_device_knows(bench: Bench) -> None:
     made(bench)
     made(bench, T2)
-    assert bench.media.reconcile({T1: True}, {bench.directory(W1): [T1]}) == []
+    missing, _ = bench.media.reconcile({T1: True}, {bench.directory(W1): [T1]})
+    assert missing == []
     pieces = made(bench)
     assert bench.read(T1, pieces[0].offset, 1) == b"\0"
 
@@ -190,7 +191,11 @@ def test_links_follow_exposure_and_nothing_else_is_touched(files: Files) -> None
     mine.write_text("mine")
     link = Path(files.directory(W1), T1)
     assert os.path.samefile(link, files.root / "media" / T1)
-    assert files.media.reconcile({T2: True, "gone": True}, {}) == ["gone"]
+    wanted = {files.directory(W1): [T2]}
+    assert files.media.reconcile({T2: True, "gone": True}, wanted) == (
+        ["gone"],
+        {(files.directory(W1), T2)},
+    )
     assert mine.exists()
     assert not link.exists()
     assert sorted(os.listdir(files.root / "media")) == [T2]

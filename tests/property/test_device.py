@@ -1,4 +1,4 @@
-"""The device against a model that keeps a set of blocks per owner and knows no rows, pieces or DPAs."""
+"""The device against a model with a set of blocks per owner, and no rows, pieces or DPAs."""
 
 from __future__ import annotations
 

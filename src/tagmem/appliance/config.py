@@ -50,7 +50,7 @@ from tagmem.domain.device_records import DeviceSpec, LdSpec, RegionSpec
 
 Size = str | int
 Records = Annotated[int, Meta(ge=1, le=DC_EVENT_LOG_RECORDS_MAX)]
-DEFAULT_MEDIA_DIR = "/dev/shm/tagmem"  # noqa: S108 - the tmpfs that every Linux has; ours is made 0700
+DEFAULT_MEDIA_DIR = "/dev/shm/tagmem"  # noqa: S108 - a tmpfs; what is made in it is 0700
 BLOCK_BYTES_MIN = 4 * KIB
 """A page: less cannot be wiped by taking pages away."""
 HUGE_PAGE_BYTES = 2 * MIB

@@ -247,23 +247,25 @@ class ByTagMedia(_FileMedia):
 
     def reconcile(
         self, files: Mapping[str, bool], exposed: Mapping[str, Sequence[str]]
-    ) -> list[str]:
-        """Remove files and links that the device does not know; name files that it knows and we
-        lack.
-        """
+    ) -> tuple[list[str], set[tuple[str, str]]]:
+        """Remove files and links that the device does not know; name what we lack and have."""
+        inodes = {entry.name: entry.inode() for entry in os.scandir(self.media)}
+        kept: set[tuple[str, str]] = set()
         for host in self._hosts:
             wanted = set(exposed.get(host, ()))
-            for name in os.listdir(host):
-                if name not in wanted and _OURS.fullmatch(name):
-                    self.conceal(name, host)
-        found = set(os.listdir(self.media))
-        for name in found - set(files):
+            for entry in os.scandir(host):
+                # A link to an older file of that name is none.
+                if entry.name in wanted and entry.inode() == inodes.get(entry.name):
+                    kept.add((host, entry.name))
+                elif _OURS.fullmatch(entry.name):
+                    self.conceal(entry.name, host)
+        for name in inodes.keys() - files.keys():
             with suppress(FileNotFoundError):
                 fd = self._open(self.media / name)
                 os.ftruncate(fd, 0)
                 os.close(fd)
                 (self.media / name).unlink()
-        return sorted(name for name, must in files.items() if must and name not in found)
+        return sorted(name for name, must in files.items() if must and name not in inodes), kept
 
 
 class ByDpaMedia(_FileMedia):
@@ -354,9 +356,9 @@ class ByDpaMedia(_FileMedia):
 
     def reconcile(
         self, files: Mapping[str, bool], exposed: Mapping[str, Sequence[str]]
-    ) -> list[str]:
-        """Pools are there or the incarnation is gone."""
-        return []
+    ) -> tuple[list[str], set[tuple[str, str]]]:
+        """Pools are there or the incarnation is gone; hosts have nothing in their directories."""
+        return [], {(host, name) for host, names in exposed.items() for name in names}
 
 
 def _end(pieces: Sequence[MediaPiece]) -> int:

@@ -32,6 +32,7 @@ from tagmem.base.errors import Conflict
 from tagmem.base.limits import CCI_OUTSTANDING_MAX, CCI_PAYLOAD_BYTES_MAX
 from tagmem.base.units import KIB
 from tagmem.domain.device import DeviceMachine
+from tagmem.domain.device_check import check_device
 from tagmem.domain.device_records import (
     DC_LOG,
     FM_PORT,
@@ -305,6 +306,8 @@ class Appliance:
         """Serve until `stop`. Raises Conflict, InvalidInput or StorageFailed when it cannot."""
         loaded = self.engine.restore()
         outbox = self._match_world(list(loaded.outbox))
+        # A store that contradicts itself is not served from.
+        check_device(self.machine.state)
         self._sanitiser = Sanitiser(self._media, self._report)
         engine = asyncio.create_task(self.engine.run())
         engine.add_done_callback(lambda _: self._stop.set())
@@ -373,12 +376,15 @@ class Appliance:
         exposed: dict[str, list[str]] = {}
         exposures = self.machine.exposures()
         for effect in exposures:
-            exposed.setdefault(self._directories[effect.ld], []).append(effect.file)
+            if not self.machine.spec.regions[effect.region].read_only:
+                exposed.setdefault(self._directories[effect.ld], []).append(effect.file)
         files = self.machine.files()
-        for name in self._media.reconcile(files, exposed):
+        missing, kept = self._media.reconcile(files, exposed)
+        for name in missing:
             log.warning("media of %s were not there and are made anew, reading zero", name)
         for effect in exposures:
-            self._expose(effect)
+            if effect.file in missing or (self._directories[effect.ld], effect.file) not in kept:
+                self._expose(effect)
 
     # ---- sessions
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import array
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -276,15 +275,12 @@ async def connect(path: Path | str) -> Connection:
     """A connection to a Unix socket. Raises OSError when nobody listens there."""
     check_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected = False
     try:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
-    except OSError as error:
-        sock.close()
-        if error.errno is None:
-            error.errno = errno.ECONNREFUSED
-        raise
-    except BaseException:
-        sock.close()
-        raise
+        connected = True
+    finally:
+        if not connected:
+            sock.close()
     return Connection(sock)

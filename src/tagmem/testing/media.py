@@ -152,7 +152,7 @@ class MemoryMedia:
 
     def reconcile(
         self, files: Mapping[str, bool], exposed: Mapping[str, Sequence[str]]
-    ) -> list[str]:
+    ) -> tuple[list[str], set[tuple[str, str]]]:
         """Keep what the device knows."""
         for directory, links in self.links.items():
             for allocation in [name for name in links if name not in exposed.get(directory, ())]:
@@ -160,4 +160,5 @@ class MemoryMedia:
         missing = sorted(name for name, must in files.items() if must and name not in self.files)
         for allocation in [name for name in self.files if name not in files]:
             self.drop(allocation, 0)
-        return missing
+        kept = {(directory, name) for directory, links in self.links.items() for name in links}
+        return missing, kept
