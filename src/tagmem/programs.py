@@ -162,6 +162,7 @@ def host(config: Path) -> int:
     _prepare()
     from tagmem.agent.config import load
     from tagmem.agent.devices import EmulatedDax
+    from tagmem.agent.kernel import KernelDax
     from tagmem.agent.records import KINDS
     from tagmem.io.lockfile import StateDirectory
     from tagmem.store.sqlite import SqliteStore
@@ -172,7 +173,8 @@ def host(config: Path) -> int:
         StateDirectory(settings.run, field="run") as run,
         closing(SqliteStore(directory.path / "agent.db", KINDS)) as store,
     ):
-        _run(_be_host(settings, store, EmulatedDax(run.path)))
+        kernel = settings.dax == "kernel"
+        _run(_be_host(settings, store, KernelDax(run.path) if kernel else EmulatedDax(run.path)))
     return 0
 
 

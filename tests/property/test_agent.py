@@ -21,7 +21,7 @@ from tagmem.ports import Batch, Effect, Event, Holding, Tick
 from tagmem.store.memory import MemoryStore
 from tagmem.wire.agentapi import Desired, Workload, WorkloadReport
 
-TAGS = tuple(f"00000000-0000-4000-8000-00000000000{n}" for n in range(1, 4))
+TAGS = tuple(f"00000000-0000-4000-8000-00000000000{n}" for n in range(1, 3))
 SIZE = 2 * MIB
 REGIONS = (r.Region(Dpa(0), 1024 * MIB, 2 * MIB),)
 HOST = (r.Surface, r.Withdraw)
@@ -270,6 +270,27 @@ class World(RuleBasedStateMachine):
             report = WorkloadReport(effect.workload_id, "failed", reason="never started")
             self.launched.add(effect.workload_id)
             self.give(r.WorkloadChanged(effect.tag, report))
+
+    def drain(self) -> None:
+        for _ in range(50):
+            for channel in self.channels:
+                self.perform(channel, 4)
+
+    @rule(tag=st.sampled_from(TAGS), work=st.booleans(), pids=st.integers(0, 2))
+    def lives(self, tag: str, work: bool, pids: int) -> None:
+        """What usually happens, so that faults meet tags that are in use."""
+        self.link_comes_back()
+        self.want(tag, "attached", kill=False, work=work, up_to="detach")
+        self.drain()
+        self.offer(tag, SIZE)
+        self.drain()
+        for pid in range(pids):
+            self.somebody_opens(tag, 100 + pid)
+
+    @rule(tag=st.sampled_from(TAGS), kill=st.booleans())
+    def leaves(self, tag: str, kill: bool) -> None:
+        """The beginning of a release; the rest in any order."""
+        self.want(tag, "released", kill=kill, work=False, up_to="detach")
 
     # ---- faults
 

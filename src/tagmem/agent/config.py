@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -20,8 +21,8 @@ class Appliance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One `[[appliance]]`."""
 
     name: str
-    socket: str
     ld: int
+    socket: str = ""
     directory: str = ""
     """Where the appliance links the bytes that this host has accepted."""
 
@@ -46,6 +47,8 @@ class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     appliance: tuple[Appliance, ...] = ()
     limits: LimitsSection = LimitsSection()
     use_cgroup: bool = True
+    dax: Literal["emulated", "kernel"] = "emulated"
+    """`kernel`: this machine's own driver has the appliance; `socket` of it is not used."""
 
     def policy(self) -> Limits:
         """The limits in the loop's units."""
@@ -76,8 +79,13 @@ def parse(text: str, source: str = "host.toml") -> HostConfig:
         if appliance.name in seen:
             raise InvalidInput(f"{source}: appliance.name", "given once", appliance.name)
         seen.add(appliance.name)
+        if not appliance.socket and config.dax == "emulated":
+            raise InvalidInput(f"{source}: appliance.socket", "a path", appliance.socket)
         if not 0 <= appliance.ld < 0xFFFF:
             raise InvalidInput(f"{source}: appliance.ld", "0 to 65534", appliance.ld)
+    if config.dax == "kernel" and len(config.appliance) > 1:
+        value = len(config.appliance)
+        raise InvalidInput(f"{source}: appliance", 'one where dax = "kernel"', value)
     align = config.policy().align_bytes
     if align <= 0 or align & (align - 1):
         raise InvalidInput(f"{source}: limits.align", "a power of two", align)

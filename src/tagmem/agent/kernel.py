@@ -8,13 +8,20 @@ from under its holder. What is taken out of sight first is the name under `by-ta
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tagmem.agent import records as r
 from tagmem.base.ids import NIL_TAG
-from tagmem.ports import DaxSource, MediaPiece
+from tagmem.base.limits import DAX_ALIGN_BYTES
+from tagmem.base.units import Dpa
+from tagmem.ports import DaxSource, Effect, Event, MediaPiece
+
+LOOK_SECONDS = 0.5
+"""How often sysfs is looked at: it tells nobody when an extent comes."""
 
 
 class KernelDax:
@@ -50,6 +57,10 @@ class KernelDax:
                 (device / "uuid").write_text(tag + "\n")
                 return device
         raise OSError(errno.EBUSY, f"DAX region {region} has no empty device to claim {tag} with")
+
+    def held(self) -> dict[str, tuple[MediaPiece, ...]]:
+        """The allocations that this host has accepted, by tag."""
+        return {tag: self.pieces(tag) for tag in {found for _, found in self._extents()} if tag}
 
     def _extents(self) -> Iterator[tuple[int, str]]:
         for extent in sorted(self._cxl.glob("dax_region*/extent*")):
@@ -103,6 +114,56 @@ class KernelDax:
         except FileNotFoundError:
             return ()
         return ((status.st_dev, status.st_ino),)
+
+
+class KernelAppliance:
+    """An appliance behind the kernel's own driver, in place of a mailbox session.
+
+    The driver answers offers by its own rules, and returns a tag's extents when the device asks
+    for them and no DAX device has them. So there is nothing to accept and nothing to send here:
+    what the kernel has is read, and a tag counts as returned when its DAX device was given up.
+    """
+
+    def __init__(self, name: str, devices: KernelDax, post: Callable[[Event], None]) -> None:
+        self.peer_pid = 0
+        self._name = name
+        self._devices = devices
+        self._post = post
+        self._seen: tuple[r.Extent, ...] | None = None
+        self._given_up: set[str] = set()
+
+    async def run(self) -> None:
+        """Look at sysfs again and again; until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def look(self, *, always: bool = False) -> None:
+        """Post what the kernel has, if it has changed."""
+        held = self._devices.held()
+        self._given_up &= held.keys()
+        extents = tuple(
+            r.Extent(Dpa(piece.offset), piece.length, tag)
+            for tag in sorted(held.keys() - self._given_up)
+            for piece in held[tag]
+        )
+        if always or extents != self._seen:
+            fresh = self._seen is None
+            region = (r.Region(Dpa(0), 1 << 52, DAX_ALIGN_BYTES),)
+            self._post(r.DeviceRead(self._name, region, extents, fresh))
+            self._seen = extents
+
+    def perform(self, effect: Effect) -> None:
+        """Carry out one effect of the loop."""
+        if isinstance(effect, r.ReturnExtents):
+            self._given_up.add(effect.tag)
+            self._post(r.Returned(self._name, effect.tag, 0))
+        elif isinstance(effect, r.ReadDevice):
+            self.look(always=True)
+
+    def ask_media(self, tag: str) -> bool:
+        """The kernel's devices need no file; see `KernelDax.surface`."""
+        return False
 
 
 def _read(attribute: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from tagmem.agent import records as r
 from tagmem.agent.config import HostConfig
 from tagmem.agent.connection import Connection, Dial, close_quietly
+from tagmem.agent.kernel import KernelAppliance, KernelDax
 from tagmem.agent.loop import AgentMachine
 from tagmem.agent.mailbox import HostLink, MediaAnswer
 from tagmem.agent.proof import Prover, Target
@@ -84,12 +85,15 @@ class HostService:
         )
         self.session = OrchestratorSession(config.orchestrator, hello, self.engine.post)
         self._directories = {a.name: a.directory for a in config.appliance}
-        self.connections = {
-            a.name: Connection(
-                HostLink(a.name), a.socket, clock, self.engine.post, self._media, dial
-            )
-            for a in config.appliance
-        }
+        self.connections: dict[str, Connection | KernelAppliance] = {}
+        for a in config.appliance:
+            post = self.engine.post
+            if isinstance(devices, KernelDax):
+                self.connections[a.name] = KernelAppliance(a.name, devices, post)
+            else:
+                link = HostLink(a.name)
+                connection = Connection(link, a.socket, clock, post, self._media, dial)
+                self.connections[a.name] = connection
         self._tickets: dict[str, int] = {}
         self._surfacing: dict[str, r.Surface] = {}
         self._media_kept: dict[str, int] = {}
@@ -161,7 +165,9 @@ class HostService:
 
     def _surface(self, effect: r.Surface) -> None:
         self._tickets[effect.tag] = effect.ticket
-        if not effect.read_only and self._source_path(effect.appliance, effect.tag):
+        in_place = isinstance(self._devices, KernelDax)
+        named = not effect.read_only and self._source_path(effect.appliance, effect.tag)
+        if in_place or named:
             self._device_worker.order(effect)
             return
         self._surfacing[effect.tag] = effect

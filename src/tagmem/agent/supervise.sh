@@ -1,6 +1,7 @@
-# Runs one workload and outlives the agent: $1 is the workload's directory, $2 its cgroup.procs or empty,
-# the rest is the command. Whoever makes `claim` first runs; so a second start of the same workload does
-# nothing. Signals to the group reach the command; this shell stays to write down how it ended.
+# Runs one workload and outlives the agent. $1 is the workload's directory, $2 its cgroup.procs or
+# empty, the rest is the command. Whoever makes `claim` first runs, so a second start of the same
+# workload does nothing. Signals to the group reach the command; this shell stays to write down how
+# it ended.
 directory=$1
 cgroup=$2
 shift 2
