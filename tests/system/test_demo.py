@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +23,7 @@ from tagmem.demo import system
 from tagmem.demo.chaos import kill, running
 from tagmem.demo.layout import DAEMONS, SHARED_MEMORY, Layout
 
+ROOT = Path(__file__).parent.parent.parent
 DEMO_SECONDS = 100
 
 
@@ -144,7 +148,7 @@ def test_up_runs_until_down_and_twice_is_fine(tmp_path: Path) -> None:
 def test_down_gives_back_what_is_held(tmp_path: Path) -> None:
     with a_system(tmp_path) as layout:
         environment = {"TAGMEM_STATE_DIR": str(tmp_path)}
-        created = tagmem("capacity", "create", "4M", "--host", "w1", **environment)
+        created = tagmem("capacity", "create", "--size", "4M", "--host", "w1", **environment)
         assert created.returncode == 0, created.stdout + created.stderr
         ended = tagmem("down", "--state-dir", tmp_path)
         assert ended.returncode == 0, ended.stdout
@@ -165,6 +169,63 @@ def test_a_daemon_that_dies_is_started_again(tmp_path: Path) -> None:
             wait_until(partial(pid_other_than, layout, name, before), f"{name} is started again")
         system.wait_ready(layout)
         assert tagmem("up", "--state-dir", tmp_path).returncode == 0
+
+
+def test_a_killed_supervisor_loses_nothing(tmp_path: Path) -> None:
+    with a_system(tmp_path) as layout:
+        environment = {"TAGMEM_STATE_DIR": str(tmp_path)}
+        tag = str(uuid.uuid4())
+        create = ("capacity", "create", "--size", "4M", "--host", "w1", "--tag", tag)
+        assert tagmem(*create, **environment).returncode == 0
+        ran = tagmem("run", "--detach", tag, "--", "sleep", "1000", **environment)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        before = system.strays(layout)
+
+        supervisor = json.loads(layout.status.read_text())["supervisor"]
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(lambda: not system.is_running(layout), "the supervisor is gone")
+        again = tagmem("up", "--state-dir", tmp_path)
+        assert again.returncode == 0, again.stdout
+        with Client(system.url(layout)) as client:
+            [held] = client.capacities()
+            assert held.tag == tag
+            workload = held.attachments[0].workload
+        assert workload is not None
+        assert workload.state == "running"
+        kept = {stray.pid for stray in before} & {stray.pid for stray in system.strays(layout)}
+        assert workload.pid in kept, "the workload went on while the daemons were started anew"
+        assert len(system.strays(layout, workloads=False)) == len(DAEMONS)
+
+
+def test_the_example_script_does_what_it_says(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ended = subprocess.run(
+        ["bash", str(ROOT / "examples" / "01-seven-steps" / "seven-steps.sh")],
+        capture_output=True,
+        text=True,
+        timeout=DEMO_SECONDS,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PORT": str(port),
+            "TMPDIR": str(tmp_path),
+        },
+    )
+    told = ended.stdout
+    assert ended.returncode == 0, told + ended.stderr
+    for line in (
+        "a0 region 0, in one extent",
+        "host        w1: attached, ready",
+        "STORED\nVALUE motto 0 21\nmemory, lent by name.\nEND\n1\n",
+        "host        w2: attached, ready",
+        "all zero",
+        "capacity proved",
+    ):
+        assert line in told, line
+    assert told.count("extents     0: 0x0 64 MiB") == 2, "the same bytes, twice"
+    assert not list(tmp_path.iterdir()), "its folder is still there"
 
 
 def test_a_daemon_that_cannot_start_is_named_with_its_last_words(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Everything is written out that a reader might want to change; what is left out h
 from __future__ import annotations
 
 import socket
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from tagmem.base.errors import InvalidInput
 from tagmem.demo.layout import APPLIANCE, HOSTS, ORCHESTRATOR, Layout
 
 PORT = 7070
-"""Where the API listens if nobody else does."""
+"""Where the API listens if nobody else does; systems in temporary directories, which come and go
+side by side, take any port that is free.
+"""
 
 
 def config_texts(layout: Layout, *, tcp: bool) -> dict[Path, str]:
     """The text of each daemon's file. `tcp`: the API also listens on a port of this machine."""
-    listen = f'"http://127.0.0.1:{_free_port(PORT)}"' if tcp else "[]"
+    listen = f'"http://127.0.0.1:{_free_port(layout)}"' if tcp else "[]"
     return {
         layout.config(APPLIANCE): _appliance(layout),
         layout.config(ORCHESTRATOR): _orchestrator(layout, listen),
@@ -44,9 +47,10 @@ def api_url(layout: Layout) -> str:
     return addresses[0]
 
 
-def _free_port(wanted: int) -> int:
-    """The wanted port of this machine if it is free, else any that is."""
-    for port in (wanted, 0):
+def _free_port(layout: Layout) -> int:
+    """A port of this machine that nobody listens on."""
+    temporary = layout.state.is_relative_to(Path(tempfile.gettempdir()).resolve())
+    for port in (0,) if temporary else (PORT, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -55,7 +59,7 @@ def _free_port(wanted: int) -> int:
                 continue
             number: int = probe.getsockname()[1]
             return number
-    raise InvalidInput("listen", "a free port of 127.0.0.1", wanted)
+    raise InvalidInput("listen", "a free port of 127.0.0.1", "none")
 
 
 def _orchestrator(layout: Layout, listen: str) -> str:

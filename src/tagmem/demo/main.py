@@ -142,8 +142,9 @@ def _demonstrate(say: Console, layout: Layout, chaos: Chaos, records_max: int) -
 def _start(layout: Layout, *, for_demo: bool = False) -> subprocess.Popen[bytes]:
     """Start everything and wait until it is ready. What fails to start is stopped again."""
     system.prepare(layout, tcp=not for_demo)
-    for stray in system.strays(layout):
-        # A supervisor that was killed left them; a new one could not watch them.
+    for stray in system.strays(layout, workloads=False):
+        # A supervisor that was killed left them, and a new one could not watch them. Workloads go
+        # on: the new agents find them.
         system.end(stray)
     supervisor = system.start(layout)
     if not for_demo:
@@ -211,7 +212,7 @@ def _tell_next(say: Console, layout: Layout) -> None:
     for command in (
         f"export TAGMEM_STATE_DIR={layout.state}",
         "tagmem appliance show a0",
-        "tagmem capacity create 64M --host w1",
+        "tagmem capacity create --size 64M --host w1",
         "tagmem capacity list",
         "tagmem down",
     ):

@@ -194,7 +194,7 @@ def remove_volatile(layout: Layout) -> None:
     shutil.rmtree(layout.volatile, ignore_errors=True)
 
 
-def strays(layout: Layout) -> list[Stray]:
+def strays(layout: Layout, *, workloads: bool = True) -> list[Stray]:
     """Processes of this system: daemons by their configuration file, workloads by environment."""
     marks = {str(layout.config(daemon)).encode() for daemon in DAEMONS}
     runs = tuple(f"TAGMEM_RUN_DIR={layout.run_dir(host)}".encode() for host in HOSTS)
@@ -207,7 +207,7 @@ def strays(layout: Layout) -> list[Stray]:
             environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
         except OSError:
             continue  # it ended, or is somebody else's
-        if marks.intersection(argv) or any(item in runs for item in environment):
+        if marks.intersection(argv) or (workloads and any(item in runs for item in environment)):
             command = b" ".join(argv).decode(errors="replace").strip()
             found.append(Stray(int(entry), command))
     return found
