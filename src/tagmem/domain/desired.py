@@ -10,7 +10,13 @@ from tagmem.base.ids import ApplianceId, HostId, Tag
 from tagmem.base.units import Bytes, Dpa, Nanoseconds
 from tagmem.domain import attachment as attachments
 from tagmem.domain import dpa, ladder
-from tagmem.domain.records import AttachmentRecord, CapacityRecord, ReleasePlan, WorkloadSpec
+from tagmem.domain.records import (
+    AttachmentRecord,
+    CapacityRecord,
+    ReleasePlan,
+    Sharing,
+    WorkloadSpec,
+)
 from tagmem.domain.state import State
 
 
@@ -36,6 +42,8 @@ class Desired(msgspec.Struct, frozen=True):
     """The highest rung that the agent may climb by itself."""
     deadlines_ns: dict[str, Nanoseconds]
     kill_holders: bool
+    shared: bool = False
+    """Other hosts may have the tag too; their processes are not this host's to answer for."""
 
 
 def desired(state: State, host: str, tag: str) -> Desired | None:
@@ -62,6 +70,7 @@ def desired(state: State, host: str, tag: str) -> Desired | None:
         plan.up_to if ladder.rank(plan.up_to) < ladder.rank("detach") else "detach",
         plan.deadlines_ns,
         released and ladder.rank(record.rung) >= ladder.rank("restart"),
+        capacity.sharing is not Sharing.NONE,
     )
 
 

@@ -121,6 +121,7 @@ class MachineView:
             up_to=wanted.up_to,
             deadlines_ns=wanted.deadlines_ns,
             kill_holders=wanted.kill_holders,
+            shared=wanted.shared,
         )
 
 
