@@ -86,6 +86,8 @@ def event_line(event: EventDocument) -> str:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(item, str | int) for item in value):
+        value = ",".join(map(str, value))
     text = value if isinstance(value, str) else str(value)
     if len(text) > _VALUE_CHARACTERS_MAX:
         return text[: _VALUE_CHARACTERS_MAX - 3] + "..."
