@@ -54,7 +54,7 @@ def senses(folder: str) -> Iterator[tuple[bytes, bytes]]:
     """
     for part in _PARTS_OF_SPEECH:
         try:
-            file = Path(folder, f"data.{part}").open("rb")  # noqa: SIM115 - closed three lines below
+            file = Path(folder, f"data.{part}").open("rb")  # noqa: SIM115 - closed below
         except FileNotFoundError:
             continue
         with file:
