@@ -21,7 +21,7 @@ from tagmem.base.units import MIB
 from tagmem.client.session import Client
 from tagmem.demo import system
 from tagmem.demo.chaos import kill, running
-from tagmem.demo.layout import DAEMONS, SHARED_MEMORY, Layout
+from tagmem.demo.layout import DAEMONS, Layout
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO_SECONDS = 100
@@ -92,7 +92,6 @@ def test_the_demo_shows_real_records_given_back_wiped_and_offered_again(tmp_path
 
 
 def test_ctrl_c_ends_the_demo_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    before = set(SHARED_MEMORY.glob("tagmem-*"))
     folder = tmp_path / "tmp"
     folder.mkdir()
     with subprocess.Popen(
@@ -109,8 +108,24 @@ def test_ctrl_c_ends_the_demo_and_leaves_nothing_behind(tmp_path: Path) -> None:
         rest = demo.stdout.read()
         assert demo.wait(DEMO_SECONDS) == 130, rest
     assert not list(folder.iterdir())
-    assert set(SHARED_MEMORY.glob("tagmem-*")) <= before
     assert_nothing_left(Layout.of(state))
+
+
+def test_a_reader_that_goes_away_ends_the_demo_in_order(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tagmem", "demo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as demo:
+        assert demo.stdout is not None
+        assert demo.stderr is not None
+        assert demo.stdout.readline()
+        demo.stdout.close()
+        assert demo.stderr.read() == ""
+        assert demo.wait(DEMO_SECONDS) == 130
+    assert not list(tmp_path.iterdir())
 
 
 def test_up_runs_until_down_and_twice_is_fine(tmp_path: Path) -> None:

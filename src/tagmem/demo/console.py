@@ -27,9 +27,16 @@ class Console:
         """(step, what it came to, seconds) of each step that ended."""
 
     def line(self, text: str = "") -> None:
-        """One line as it is."""
-        self._out.write(text + "\n")
-        self._out.flush()
+        """One line as it is. A reader that went away (`| head`) ends the command as Ctrl-C does."""
+        try:
+            self._out.write(text + "\n")
+            self._out.flush()
+        except OSError:
+            # What is still to be said, while cleaning up, must not fail for this again.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._out.fileno())
+            os.close(nowhere)
+            raise KeyboardInterrupt from None
 
     def heading(self, text: str) -> None:
         """One line that stands out."""

@@ -221,22 +221,24 @@ def _tell_next(say: Console, layout: Layout) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does: with everything cleaned up."""
+    """SIGTERM and a closed terminal end the demo as Ctrl-C does: with everything cleaned up."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait."""
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    """Ctrl-C and its kin wait."""
+    kin = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in kin}
     try:
         yield
     finally:
