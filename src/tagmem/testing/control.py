@@ -194,4 +194,3 @@ class OrchestratorProcess(Process):
         session, wanted = self._sessions.get(host), self.view.desired(host, tag)
         if session is not None and wanted is not None:
             session.down.send(encode(wanted))
-

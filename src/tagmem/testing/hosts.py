@@ -72,6 +72,7 @@ class HostProcess(Process):
         self._wires: dict[str, Connection] = {}
         self._session: Connection | None = None
         self._pids = 1000
+        self._busy_until: dict[str, Nanoseconds] = {}
 
     # ---- life
 
@@ -183,8 +184,12 @@ class HostProcess(Process):
             if self._session is not None:
                 self._session.close(effect.reason)
         else:
+            # Orders for one tag never overtake each other, as in the service's workers.
+            tag: str = effect.tag  # type: ignore[attr-defined]  # every order names its tag
             pause = self.sim.random.randrange(10, 3000) * MICROSECOND
-            self.later(pause, lambda: self._on_host(effect))
+            begun = max(self.sim.now() + pause, self._busy_until.get(tag, 0) + 1)
+            self._busy_until[tag] = begun
+            self.later(begun - self.sim.now(), lambda: self._on_host(effect))
 
     def _on_host(self, effect: Effect) -> None:
         if isinstance(effect, r.Surface):

@@ -64,6 +64,8 @@ class Process:
         self.life = 0
         """Counts starts: what an earlier life scheduled no longer counts."""
         self.crashes = 0
+        self.forgets_outbox = False
+        """A planted bug: start without what was still to be done."""
         self._make = make
         self._inbox: list[tuple[Event, Answer | None]] = []
         self._scheduled = False
@@ -88,7 +90,8 @@ class Process:
     def load(self) -> Loaded:
         """What a start finds."""
         loaded = self.store.load()
-        return Loaded(tuple(loaded.records), loaded.outbox, loaded.last_effect_id)
+        outbox = () if self.forgets_outbox else loaded.outbox
+        return Loaded(tuple(loaded.records), outbox, loaded.last_effect_id)
 
     def crash(self) -> None:
         """Die at once; come back after a while."""
@@ -170,9 +173,11 @@ class Process:
             self.crash()
             return
         self.committed(events, steps)
+        done = {effect_id for step in steps for effect_id in step.done}
         for step in steps:
             for effect in step.effects:
-                self.perform(effect)
+                if effect.id not in done:
+                    self.perform(effect)
         self.settled(events, steps)
         for step, (_, answer) in zip(steps, taken, strict=True):
             if answer is not None:
@@ -185,6 +190,8 @@ class Process:
         due = min((time for time in times if time is not None), default=None)
         if due is None or (self._woken_at is not None and self._woken_at <= due):
             return
+        if due <= self.sim.now() and self._scheduled:
+            return  # The batch that is coming ticks the machine, and looks again.
         self._woken_at = due
         self.later(max(0, due - self.sim.now()), self._on_time)
 
