@@ -32,6 +32,13 @@ T = TypeVar("T")
 Queued = tuple[Event, "asyncio.Future[Any] | None", "Render | None"]
 
 
+GATHER_FROM = 4
+"""A batch of so many events shows that many askers wait at the same time."""
+GATHER_SECONDS = 0.001
+"""Then more are let come before the next commit: most of a commit's cost is the same for any
+number of events. Whoever asks alone is never kept waiting."""
+
+
 class QueueFull(StorageFailed):
     """More events wait than the engine takes; try again later."""
 
@@ -60,6 +67,7 @@ class Engine:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self._stopping = False
         self._committing = False
+        self._last_batch = 0
         self._readers: list[Callable[[], None]] = []
         self.committed_ns: Nanoseconds = 0
         """When the batch that observers are told of was decided."""
@@ -131,11 +139,14 @@ class Engine:
         while not self._stopping:
             if not self._queue:
                 await self._wait()
+            if self._last_batch >= GATHER_FROM:
+                await asyncio.sleep(GATHER_SECONDS)
             now = self._clock.now()
             deadline = self.machine.next_deadline()
             if deadline is not None and deadline <= now:
                 self._queue.append((Tick(), None, None))
             taken, self._queue = self._queue[:ENGINE_BATCH_MAX], self._queue[ENGINE_BATCH_MAX:]
+            self._last_batch = len(taken)
             if not taken:
                 continue
             steps = [self.machine.step(event, now) for event, _, _ in taken]

@@ -26,8 +26,8 @@ from tagmem.base.errors import Conflict, InvalidInput
 
 log = logging.getLogger(__name__)
 
-RECEIVE_BYTES = 256 * 1024
-"""Read at once."""
+RECEIVE_BYTES = 64 * 1024
+"""Read at once. Larger ones would be mapped and unmapped by the allocator each time."""
 DESCRIPTORS_MAX = 16
 """Taken from one message; further ones are closed by the kernel."""
 SOCKET_PATH_BYTES_MAX = 107
