@@ -326,6 +326,10 @@ class DaxDevices(Protocol):
         """Tag to path of each device that can be found by name."""
         ...
 
+    def descriptor(self, tag: str) -> int:
+        """The withdrawn bytes, open, when they have no name anywhere any more; else -1."""
+        ...
+
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """(device, inode) of what a holder of this tag would have open, as far as it is known."""
         ...

@@ -151,6 +151,23 @@ def test_files_left_beside_the_bytes_go_and_are_named(tmp_path: Path) -> None:
     assert (host.media / TAG).exists(), "the bytes are the appliance's"
 
 
+def test_bytes_that_lost_their_last_name_stay_open_until_given_up(tmp_path: Path) -> None:
+    host = Host("emulated", tmp_path)
+    devices = host.devices()
+    devices.surface(host.source(TAG))
+    devices.surface(host.source(OTHER))
+    (host.media / TAG).unlink()  # As an appliance does that takes a tag by force.
+    devices.withdraw(TAG)
+    devices.withdraw(OTHER)
+    assert devices.descriptor(OTHER) == -1
+    descriptor = devices.descriptor(TAG)
+    assert os.fstat(descriptor).st_nlink == 0
+    devices.give_up(TAG)
+    assert devices.descriptor(TAG) == -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_names_are_used_again_lowest_first(tmp_path: Path) -> None:
     host = Host("emulated", tmp_path)
     devices = host.devices()

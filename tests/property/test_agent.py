@@ -253,6 +253,9 @@ class World(RuleBasedStateMachine):
     def do_killholders(self, effect: r.KillHolders) -> None:
         self.holders[effect.tag].clear()
 
+    def do_giveup(self, effect: r.GiveUp) -> None:
+        assert effect.tag not in self.named
+
     def do_launch(self, effect: r.Launch) -> None:
         if effect.workload.id in self.launched:
             return

@@ -38,6 +38,9 @@ class EmulatedDax:
         """Tag to the device's name."""
         self._identities: dict[str, tuple[int, int]] = {}
         """Kept from withdrawal until the device is given up: the bytes have no name then."""
+        self._orphans: dict[str, int] = {}
+        """Open bytes that have no name any more: the appliance took them, or an application has
+        unlinked them. Those with a name are not kept open, lest we be taken for a holder."""
         self._free: dict[int, list[int]] = {}
         self._next: dict[int, int] = {}
         self._by_tag.mkdir(parents=True, exist_ok=True)
@@ -114,8 +117,10 @@ class EmulatedDax:
         if name is None:
             return ()
         device = self._run / name
+        fd = -1
         try:
-            status = os.stat(device / name)
+            fd = os.open(device / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(fd)
             self._identities[tag] = (status.st_dev, status.st_ino)
         except FileNotFoundError:
             pass  # An application has unlinked it, or there is no path: what was seen first counts.
@@ -125,11 +130,30 @@ class EmulatedDax:
         left = tuple(sorted(set(os.listdir(aside)) - {name, *ATTRIBUTES}))
         self._remove(aside)
         self._give_name(name)
+        if fd >= 0:
+            self._orphan(tag, fd)
         return left
+
+    def _orphan(self, tag: str, fd: int) -> None:
+        if os.fstat(fd).st_nlink:
+            os.close(fd)
+            return
+        self._drop_orphan(tag)
+        self._orphans[tag] = fd
+
+    def _drop_orphan(self, tag: str) -> None:
+        fd = self._orphans.pop(tag, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def descriptor(self, tag: str) -> int:
+        """Of bytes without a name."""
+        return self._orphans.get(tag, -1)
 
     def give_up(self, tag: str) -> None:
         """Forget the bytes; see `ports.DaxDevices`."""
         self._identities.pop(tag, None)
+        self._drop_orphan(tag)
 
     def found(self) -> Mapping[str, str]:
         """Tag to path."""
@@ -200,12 +224,16 @@ def _place(source: str, target: Path, *, read_only: bool) -> None:
     if read_only:
         _mount_read_only(source, target)
         return
+    # Python follows a link (as /proc/self/fd/N is) only when a directory is given as well.
+    root = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
-        os.link(source, target, follow_symlinks=True)
+        os.link(source, target, src_dir_fd=root, follow_symlinks=True)
     except OSError as error:
         if error.errno != errno.EXDEV or source.startswith("/proc/"):
             raise
         target.symlink_to(source)
+    finally:
+        os.close(root)
 
 
 def _mount_read_only(source: str, target: Path) -> None:

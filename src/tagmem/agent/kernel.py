@@ -104,6 +104,10 @@ class KernelDax:
         """Tag to path."""
         return {link.name: os.readlink(link) for link in self._by_tag.iterdir()}
 
+    def descriptor(self, tag: str) -> int:
+        """A device node keeps its name."""
+        return -1
+
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """Of the device node."""
         device = self._claimed(tag)

@@ -603,6 +603,8 @@ class AgentMachine:
             state.dax_path, state.holders = "", ()
             state.reason = state.reason if state.lost else ""
             self._released[tag] = None
+            if state.lost:
+                self._effects.append(r.GiveUp(0, tag))
 
     def _shared(self, state: TagState) -> bool:
         return state.desired is not None and state.desired.shared

@@ -44,6 +44,8 @@ class Target(msgspec.Struct, frozen=True):
     identities: tuple[Identity, ...]
     ours: tuple[str, ...]
     """Directories of this host."""
+    descriptor: int = -1
+    """The bytes, open, where the agent has no path to them."""
     shared: bool = False
     """Other hosts on this machine have the same file: only what was opened under `ours` counts."""
 
@@ -75,7 +77,7 @@ class Prover:
                 # No bytes were ever within reach of this host, or there is no file to them.
                 proofs[target.tag] = Proof()
                 continue
-            leased = _lease(target.paths)
+            leased = _lease(target)
             if leased:
                 proofs[target.tag] = Proof()
             else:
@@ -116,7 +118,7 @@ class Prover:
             return Proof(unique, look.complete, look.reason)
         if not look.complete:
             return Proof((), complete=False, reason=look.reason)
-        if refused and not of_device and _lease(target.paths) is False:
+        if refused and not of_device and _lease(target) is False:
             reason = "the kernel says that it is open, and no process in /proc shows it"
             return Proof((), complete=False, reason=reason)
         return Proof()
@@ -156,24 +158,29 @@ def _identities(paths: Sequence[str]) -> frozenset[Identity]:
     return frozenset(found)
 
 
-def _lease(paths: Sequence[str]) -> bool | None:
+def _lease(target: Target) -> bool | None:
     """Whether nobody else has the file open; None when the kernel does not say."""
-    for path in paths:
+    for path in target.paths:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             continue
         try:
-            # An opener who comes now breaks the lease; the signal must be one that is ignored.
-            fcntl.fcntl(fd, F_SETSIG, signal.SIGURG)
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        except OSError as error:
-            return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
-        else:
-            return True
+            return _lease_on(fd)
         finally:
             os.close(fd)
-    return None
+    return None if target.descriptor < 0 else _lease_on(target.descriptor)
+
+
+def _lease_on(fd: int) -> bool | None:
+    try:
+        # An opener who comes now breaks the lease; the signal must be one that is ignored.
+        fcntl.fcntl(fd, F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
 
 
 class _Look:

@@ -274,6 +274,12 @@ class Withdraw(_Volatile, frozen=True):
     ticket: int
 
 
+class GiveUp(_Volatile, frozen=True):
+    """Let go of the DAX device of a tag that the appliance has taken away."""
+
+    tag: str
+
+
 class CheckHolders(_Volatile, frozen=True):
     """Find out who has the bytes of a tag; brings HoldersChecked with the same `ticket`."""
 

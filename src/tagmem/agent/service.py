@@ -38,14 +38,22 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Worker:
-    """A thread that carries out batches of orders, in their order."""
+    """Carries out batches of orders, in their order: in a thread, or (`inline`) in the loop.
 
-    def __init__(self, name: str, work: Callable[[list[Effect]], None]) -> None:
+    What makes a dozen short system calls per order is inline: in a thread each of them would wait
+    for its turn to run Python again, which takes longer than the call.
+    """
+
+    def __init__(
+        self, name: str, work: Callable[[list[Effect]], None], *, inline: bool = False
+    ) -> None:
         self._name = name
         self._work = work
         self._orders: list[Effect] = []
         self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._thread = (
+            None if inline else ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        )
 
     def order(self, effect: Effect) -> None:
         """Queue an order; at most a few per tag can wait."""
@@ -59,7 +67,10 @@ class Worker:
             await self._wake.wait()
             self._wake.clear()
             taken, self._orders = self._orders, []
-            await loop.run_in_executor(self._thread, self._work, taken)
+            if self._thread is None:
+                self._work(taken)
+            else:
+                await loop.run_in_executor(self._thread, self._work, taken)
 
 
 class HostService:
@@ -96,10 +107,13 @@ class HostService:
                 self.connections[a.name] = connection
         self._tickets: dict[str, int] = {}
         self._surfacing: dict[str, r.Surface] = {}
+        self._checking: dict[str, r.CheckHolders] = {}
         self._media_kept: dict[str, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
-        self._device_worker = Worker("devices", self._work_devices)
+        # An emulated host's devices are names on a tmpfs; the kernel's may take their time.
+        inline = not isinstance(devices, KernelDax)
+        self._device_worker = Worker("devices", self._work_devices, inline=inline)
         self._proof_worker = Worker("proof", self._work_proofs)
         self._workload_worker = Worker("workloads", self._work_workloads)
 
@@ -125,13 +139,14 @@ class HostService:
             await tasks[0]
             for task in tasks[1:]:
                 task.cancel()
+        self._workloads.close()
 
     def stop(self) -> None:
         """End `run` after the commit under way. Workloads go on; the next agent finds them."""
         self._stopping.set()
 
     def _post(self, event: Event) -> None:
-        """From a worker's thread."""
+        """From a worker."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.engine.post, event)
 
@@ -145,9 +160,11 @@ class HostService:
         elif isinstance(effect, r.Withdraw):
             self._tickets[effect.tag] = effect.ticket
             self._device_worker.order(effect)
-        elif isinstance(effect, r.ReturnExtents):
+        elif isinstance(effect, r.ReturnExtents | r.GiveUp):
             self._device_worker.order(effect)
-        elif isinstance(effect, r.CheckHolders | r.KillHolders):
+        elif isinstance(effect, r.CheckHolders):
+            self._check(effect)
+        elif isinstance(effect, r.KillHolders):
             self._proof_worker.order(effect)
         elif isinstance(effect, r.Launch | r.Signal):
             self._workload_worker.order(effect)
@@ -176,8 +193,26 @@ class HostService:
             reason = f"appliance {effect.appliance} is not connected"
             self.engine.post(r.SurfaceFailed(effect.tag, effect.ticket, reason))
 
+    def _check(self, effect: r.CheckHolders) -> None:
+        """Without a path to the bytes the appliance lends their descriptor for the proof."""
+        connection = self.connections.get(effect.appliance)
+        if (
+            self._devices.descriptor(effect.tag) >= 0
+            or not self._devices.identities(effect.tag)
+            or self._source_path(effect.appliance, effect.tag)
+            or connection is None
+            or not connection.ask_media(effect.tag)
+        ):
+            self._proof_worker.order(effect)
+            return
+        self._checking[effect.tag] = effect
+
     def _media(self, answer: MediaAnswer, descriptor: int) -> None:
-        """The appliance has said where the bytes of a tag are."""
+        """The appliance has said where the bytes of a tag are, or that it does not say."""
+        check = self._checking.pop(answer.tag, None)
+        if check is not None:
+            self._proof_worker.order(_Lent(0, check, descriptor))
+            return
         effect = self._surfacing.pop(answer.tag, None)
         if effect is None or answer.media is None:
             close_quietly(descriptor)
@@ -194,7 +229,7 @@ class HostService:
             path = f"/proc/self/fd/{descriptor}"
         self._device_worker.order(_Placed(0, effect, path, pieces))
 
-    # ---- in the device worker's thread
+    # ---- in the device worker
 
     def _work_devices(self, orders: list[Effect]) -> None:
         for order in orders:
@@ -207,6 +242,8 @@ class HostService:
                     close_quietly(self._media_kept.pop(order.surface.tag, -1))
             elif isinstance(order, r.Withdraw):
                 self._withdraw(order)
+            elif isinstance(order, r.GiveUp):
+                self._give_up(order.tag)
             elif isinstance(order, r.ReturnExtents):
                 self._return(order)
 
@@ -235,42 +272,52 @@ class HostService:
 
     def _return(self, order: r.ReturnExtents) -> None:
         assert self._loop is not None
-        close_quietly(self._media_kept.pop(order.tag, -1))
-        self._tickets.pop(order.tag, None)
-        try:
-            self._devices.give_up(order.tag)
-        except OSError as error:
-            log.warning("tag %s: the device could not be let go: %s", order.tag, error)
+        if not self._give_up(order.tag):
             self._post(r.Returned(order.appliance, order.tag, ReturnCode.INTERNAL_ERROR))
             return
         connection = self.connections.get(order.appliance)
         if connection is not None:
             self._loop.call_soon_threadsafe(connection.perform, order)
 
+    def _give_up(self, tag: str) -> bool:
+        close_quietly(self._media_kept.pop(tag, -1))
+        self._tickets.pop(tag, None)
+        try:
+            self._devices.give_up(tag)
+        except OSError as error:
+            log.warning("tag %s: the device could not be let go: %s", tag, error)
+            return False
+        return True
+
     # ---- in the proof worker's thread
 
-    def _target(self, order: r.CheckHolders | r.KillHolders) -> Target:
+    def _target(self, order: r.CheckHolders | r.KillHolders, descriptor: int = -1) -> Target:
         directory = self._directories.get(order.appliance, "")
         path = self._source_path(order.appliance, order.tag)
         ours = tuple(os.path.join(d, "") for d in (self._config.run, directory) if d)
         identities = tuple(self._devices.identities(order.tag))
-        return Target(order.tag, (path,) if path else (), identities, ours, order.shared)
+        paths = (path,) if path else ()
+        if not paths and descriptor < 0:
+            descriptor = self._devices.descriptor(order.tag)
+        return Target(order.tag, paths, identities, ours, descriptor, order.shared)
 
     def _work_proofs(self, orders: list[Effect]) -> None:
         self._prover.excluded = {c.peer_pid for c in self.connections.values() if c.peer_pid}
-        checks = {o.tag: o for o in orders if isinstance(o, r.CheckHolders)}
+        checks = {o.tag: (o, -1) for o in orders if isinstance(o, r.CheckHolders)}
+        lent = [o for o in orders if isinstance(o, _Lent)]
+        checks |= {o.check.tag: (o.check, o.descriptor) for o in lent}
         for order in orders:
             if isinstance(order, r.KillHolders):
                 for holder in self._prover.kill(self._target(order)):
                     log.warning("tag %s: killed %d (%s)", order.tag, holder.pid, holder.name)
         if not checks:
             return
-        proofs = self._prover.check([self._target(order) for order in checks.values()])
+        proofs = self._prover.check([self._target(*check) for check in checks.values()])
+        for order in lent:
+            close_quietly(order.descriptor)
         for tag, proof in proofs.items():
-            checked = r.HoldersChecked(
-                tag, checks[tag].ticket, proof.holders, proof.complete, proof.reason
-            )
-            self._post(checked)
+            ticket = checks[tag][0].ticket
+            self._post(r.HoldersChecked(tag, ticket, proof.holders, proof.complete, proof.reason))
 
     # ---- in the workload worker's thread
 
@@ -320,6 +367,15 @@ class _Ended(Effect, frozen=True):
 
     tag: str
     workload_id: str
+
+
+class _Lent(Effect, frozen=True):
+    """Check, with the descriptor (or -1) that the appliance has lent for it."""
+
+    durable = False
+
+    check: r.CheckHolders
+    descriptor: int
 
 
 class _Placed(Effect, frozen=True):

@@ -69,6 +69,14 @@ class Workloads:
         """Names a workload's directory, its cgroup, and its marker in the environment."""
         return f"{tag}.{_UNSAFE.sub('_', workload_id)[:64]}"
 
+    def close(self) -> None:
+        """The agent ends in order: leave no empty cgroup behind. Workloads go on."""
+        if self._cgroup is not None:
+            try:
+                self._cgroup.rmdir()
+            except OSError as error:
+                log.info("%s stays: %s", self._cgroup, error.strerror)
+
     # ---- starting
 
     def launch(

@@ -36,7 +36,7 @@ def target(path: Path, *, shared: bool = False, paths: bool = True) -> Target:
     status = path.stat()
     identity = ((status.st_dev, status.st_ino),)
     ours = (str(path.parent) + "/",)
-    return Target("t", (str(path),) if paths else (), identity, ours, shared)
+    return Target("t", (str(path),) if paths else (), identity, ours, shared=shared)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_another_hosts_process_counts_only_where_nothing_is_shared(
     identity = ((status.st_dev, status.st_ino),)
     prover = Prover(proc_of(tmp_path, holder.pid))
     for shared, expected in ((True, 0), (False, 1)):
-        wanted = Target("t", (str(mine),), identity, (f"{tmp_path}/run/",), shared)
+        wanted = Target("t", (str(mine),), identity, (f"{tmp_path}/run/",), shared=shared)
         proof = prover.check([wanted])["t"]
         assert proof.complete
         assert len(proof.holders) == expected
