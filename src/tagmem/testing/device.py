@@ -1,7 +1,8 @@
 """An appliance as a simulated process, and its media, which outlive it.
 
-The media are modelled as the hardware is: blocks of a pool, whoever maps them. A writer leaves its tag's
-name in every block that it maps; finding another name there means that bytes were lent twice or not wiped.
+The media are modelled as the hardware is: blocks of a pool, whoever maps them. A writer leaves its
+tag's name in every block that it maps; finding another name there means that bytes were lent twice
+or not wiped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tagmem.appliance.dispatch import (
     Identity,
     Immediate,
     PortDispatch,
+    Said,
 )
 from tagmem.base.units import MICROSECOND, MILLISECOND
 from tagmem.domain.device import DeviceMachine
@@ -84,7 +86,9 @@ class SimMedia:
         return tag if (ld, tag) in self._links else None
 
     def write(self, file: str, tag: str) -> bool:
-        """A mapping of `file` is written to. False: it faults. Raises when it shows another's bytes."""
+        """A mapping of `file` is written to. False: it faults. Raises when it shows another's
+        bytes.
+        """
         found = self._files.get(file)
         if found is None:
             return False
@@ -202,7 +206,7 @@ class ApplianceProcess(Process):
         port: _Port,
         wire: Connection,
         request: Request,
-        said: Callable[[Answer], tuple[int, object]],
+        said: Callable[[Answer], Said],
         answer: Answer,
     ) -> None:
         for plan in answer.value if isinstance(answer.value, tuple) else ():

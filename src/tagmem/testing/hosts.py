@@ -1,19 +1,19 @@
 """A host as a simulated process, and what on it outlives its agent: devices, workloads, mappings.
 
-A workload maps the bytes when it starts and writes to them as long as it lives; so whoever gives memory
-away too early is caught by the next owner's bytes, not by a guess.
+A workload maps the bytes when it starts and writes to them as long as it lives; so whoever gives
+memory away too early is caught by the next owner's bytes, not by a guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
 
 from tagmem.agent import records as r
 from tagmem.agent.loop import AgentMachine
-from tagmem.agent.mailbox import HostLink
+from tagmem.agent.mailbox import HostLink, MediaAnswer
 from tagmem.base.units import MICROSECOND, MILLISECOND, SECOND, Nanoseconds
 from tagmem.ports import Effect, Event, Holding, Loaded
 from tagmem.store.memory import MemoryStore
@@ -146,9 +146,10 @@ class HostProcess(Process):
             self._flush(name, self._mailboxes[name].disconnected(self.sim.now(), reason))
             self.later(REDIAL_NS, lambda: self._connect(name))
 
-    def _flush(self, name: str, events: list[Event]) -> None:
+    def _flush(self, name: str, events: Sequence[Event | MediaAnswer]) -> None:
         for event in events:
-            self.post(event)
+            if isinstance(event, Event):
+                self.post(event)
         link, wire = self._mailboxes[name], self._wires.get(name)
         if wire is not None:
             data = link.outgoing()

@@ -1,13 +1,15 @@
 """Simulated processes: the real machines and the real links, on simulated time, disks and wires.
 
-A Process is what `engine.Engine` is in production: it takes the events that wait, steps them, commits,
-and only then lets effects out. Here it may die at each of these points. What survives a death is its
-MemoryStore and whatever the world outside the process keeps (media, devices, other processes).
+A Process is what `engine.Engine` is in production: it takes the events that wait, steps them,
+commits, and only then lets effects out. Here it may die at each of these points. What survives a
+death is its MemoryStore and whatever the world outside the process keeps (media, devices, other
+processes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tagmem.base.units import MICROSECOND, MILLISECOND, SECOND, Nanoseconds
@@ -47,7 +49,7 @@ class Connection:
         self.up.close()
         self.down.close()
         for told in self.on_close:
-            self._sim.after(self._sim.delay(), lambda told=told: told(reason))
+            self._sim.after(self._sim.delay(), partial(told, reason))
 
 
 class Process:

@@ -1,7 +1,7 @@
 """Bugs on purpose: a simulator that cannot find these is not looking.
 
-Each is a mistake that somebody once made in such a system: an answer that did not come taken for a no,
-memory given out before it was wiped, and work that was decided, and forgotten by a restart.
+Each is a mistake that somebody once made in such a system: an answer that did not come taken for a
+no, memory given out before it was wiped, and work that was decided, and forgotten by a restart.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The whole system in one process, from a seed: orchestrator, appliance, hosts, a client, and faults.
+"""The whole system in one process, from a seed: orchestrator, appliance, hosts, a client, and
+faults.
 
-A run has three parts. In the *storm* messages are lost, repeated and overtake each other, connections
-break, and any process may die at any commit, while a client creates, attaches, launches and releases.
-Then comes *calm*: no faults, everybody is up, and the client gives everything back. At the *end* nothing
-may be left: that is checked, as the invariants are after every event on the way.
+A run has three parts. In the *storm* messages are lost, repeated and overtake each other,
+connections break, and any process may die at any commit, while a client creates, attaches, launches
+and releases. Then comes *calm*: no faults, everybody is up, and the client gives everything back.
+At the *end* nothing may be left: that is checked, as the invariants are after every event on the
+way.
 """
 
 from __future__ import annotations
@@ -176,9 +178,9 @@ class World:
     def _check_all(self) -> None:
         state = self.state
         invariants.check(state)
-        if self.appliance.alive and self.orchestrator.alive and APPLIANCE in state.appliances:
-            if state.has_region(APPLIANCE, 0):
-                invariants.check_device(state, APPLIANCE, self.device_extents())
+        both = self.appliance.alive and self.orchestrator.alive
+        if both and state.has_region(APPLIANCE, 0):
+            invariants.check_device(state, APPLIANCE, self.device_extents())
 
     @property
     def state(self) -> State:
