@@ -36,6 +36,7 @@ POOL_BYTES = 64 * MIB
 APPLIANCE = "a0"
 HOSTS = ("w1", "w2")
 TAGS_MAX = 12
+LINES_TOLD = 40
 CHECK_EVERY = 16
 """Events between two looks at everything; after the others only what is cheap is looked at."""
 
@@ -60,6 +61,23 @@ NOTHING_PLANTED = Planted()
 
 class Unsettled(InvariantViolated):
     """Faults have stopped, everything was given back, and something is still not at rest."""
+
+
+class _Telling:
+    """Adds the seed and the last lines of the transcript to whatever goes wrong."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self._sim = sim
+
+    def __enter__(self) -> None:
+        """Nothing has gone wrong yet."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            lines = self._sim.transcript
+            error.add_note(f"seed {self._sim.seed}; the last of {len(lines)} lines:")
+            for line in lines[-LINES_TOLD:]:
+                error.add_note(line)
 
 
 class World:
@@ -130,7 +148,7 @@ class World:
         sim = self.sim
         sim.faults = _weather(sim)
         sim.say(f"seed {sim.seed} {sim.faults}")
-        try:
+        with _Telling(sim):
             self.appliance.start()
             self.orchestrator.start()
             for host in self.hosts.values():
@@ -144,11 +162,6 @@ class World:
             self.client.give_back()
             sim.run(sim.now() + calm_ns, self._check)
             self._end()
-        except Exception as error:
-            error.add_note(f"seed {sim.seed}; the last of {len(sim.transcript)} lines:")
-            for line in sim.transcript[-40:]:
-                error.add_note(line)
-            raise
 
     def _register_again(self) -> None:
         event = effects.RegisterAppliance(APPLIANCE, "sim")
