@@ -132,21 +132,31 @@ class System:
         with connect(self.api) as sock:
             return ask(sock, request("GET", path)).body
 
-    def _is_ready(self) -> bool:
+    def is_ready(self, hosts: int) -> bool:
+        """Whether the orchestrator answers, has read the appliance, and has so many agents."""
         if not listens(self.api):
             return False
         health = self.health()
-        return health["status"] == "ok" and health["hosts_connected"] == len(self.hosts)
+        return health["status"] == "ok" and health["hosts_connected"] == hosts
+
+    def said(self) -> str:
+        """The end of what each daemon has logged."""
+        return "\n".join(log.read_text("utf-8")[-2_000:] for log in self.disk.glob("*.log"))
 
     @contextmanager
-    def started(self) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-        """All daemons, connected to one another; their processes by name."""
+    def started(self, *, agents: bool = True) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+        """The daemons, connected to one another; their processes by name."""
+        hosts = self.hosts if agents else ()
         with ExitStack() as stack:
             processes = {}
-            for daemon in ("appliance", "orchestrator", *self.hosts):
+            for daemon in ("appliance", "orchestrator", *hosts):
                 argv = self.command(daemon)
                 processes[daemon] = stack.enter_context(running(argv, self.log(daemon)))
-            wait_for("the system", self._is_ready)
+            try:
+                wait_for("the system", lambda: self.is_ready(len(hosts)))
+            except NotReady:
+                print(self.said())
+                raise
             yield processes
 
 
