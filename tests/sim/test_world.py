@@ -11,7 +11,8 @@ import pytest
 
 from tagmem.domain.extent import InvariantViolated
 from tagmem.testing.planted import PLANTED
-from tagmem.testing.world import NOTHING_PLANTED, Planted, World
+from tagmem.testing.pod import NOTHING_PLANTED, Planted
+from tagmem.testing.world import World
 
 SEEDS = 600
 SEEDS_PER_TEST = 25

@@ -7,6 +7,8 @@ Pure, so that tests read it as text. A group that is not all free never looks fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tagmem.base.units import ceil_div, format_size
 from tagmem.wire.rest import ApplianceMapDocument, MapPiece, PoolMapDocument
 
@@ -19,10 +21,15 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROWS_MAX = 8
 
 
-def draw(document: ApplianceMapDocument, width: int) -> list[str]:
-    """The maps of all pools of an appliance, at most `width` columns wide."""
+def draw(
+    document: ApplianceMapDocument, width: int, named: Mapping[str, str] | None = None
+) -> list[str]:
+    """The maps of all pools of an appliance, at most `width` columns wide.
+
+    Tags that have no letter in `named` get the next ones in order of their place.
+    """
     lines: list[str] = []
-    letters: dict[str, str] = {}
+    letters: dict[str, str] = dict(named or {})
     for pool in document.pools:
         lines += _pool(document.appliance, pool, letters, max(width, 40))
     lines += _legend(document, letters)
@@ -87,8 +94,8 @@ def _legend(document: ApplianceMapDocument, letters: dict[str, str]) -> list[str
                 sizes[piece.tag] = sizes.get(piece.tag, 0) + piece.length
                 pieces[piece.tag] = piece
     lines = []
-    for tag, letter in letters.items():
-        piece = pieces[tag]
+    for tag, piece in pieces.items():
+        letter = letters[tag]
         sign = letter.lower() if piece.state in _SMALL else letter
         hosts = f" on {', '.join(piece.hosts)}" if piece.hosts else ""
         lines.append(f"{sign} {tag}  {format_size(sizes[tag])}  {piece.state}{hosts}")

@@ -14,6 +14,7 @@ import msgspec
 from tagmem.agent import records as r
 from tagmem.agent.loop import AgentMachine
 from tagmem.agent.mailbox import HostLink, MediaAnswer
+from tagmem.agent.policy import Limits
 from tagmem.base.units import MICROSECOND, MILLISECOND, SECOND, Nanoseconds
 from tagmem.ports import Effect, Event, Holding, Loaded
 from tagmem.store.memory import MemoryStore
@@ -32,18 +33,21 @@ from tagmem.wire.agentapi import (
 
 REDIAL_NS: Nanoseconds = 20 * MILLISECOND
 DialDevice = Callable[[str, int, Callable[[bytes], None]], Connection | None]
-DialControl = Callable[[Callable[[bytes], None]], Connection | None]
+DialControl = Callable[[str, Callable[[bytes], None]], Connection | None]
 
 
 class Workload:
     """A process on the host: it maps a file of media, and writes its tag's name there."""
 
-    def __init__(self, identity: str, pid: int, tag: str, appliance: str, file: str) -> None:
+    def __init__(
+        self, identity: str, pid: int, tag: str, appliance: str, file: str, name: str = "app"
+    ) -> None:
         self.identity = identity
         self.pid = pid
         self.tag = tag
         self.appliance = appliance
         self.file = file
+        self.name = name
         self.running = True
 
 
@@ -58,13 +62,18 @@ class HostProcess(Process):
         media: dict[str, SimMedia],
         dial_device: DialDevice,
         dial_control: DialControl,
+        limits: Limits | None = None,
     ) -> None:
-        super().__init__(sim, name, AgentMachine, MemoryStore(r.KINDS))
+        super().__init__(sim, name, partial(AgentMachine, limits), MemoryStore(r.KINDS))
         self.links = links
         self.devices: dict[str, str] = {}
         """Tag to DAX path; the run directory outlives the agent."""
         self.workloads: dict[str, Workload] = {}
         """Every workload ever started, by its id."""
+        self.strangers: list[Workload] = []
+        """Processes that nobody here started, and that map a tag."""
+        self.obedient = True
+        """Whether workloads may end when they are asked to."""
         self._media = media
         self._dial_device = dial_device
         self._dial_control = dial_control
@@ -99,7 +108,7 @@ class HostProcess(Process):
 
     def _dial_orchestrator(self) -> None:
         life = self.life
-        wire = self._dial_control(partial(self._told, life))
+        wire = self._dial_control(self.name, partial(self._told, life))
         if wire is None:
             self.later(REDIAL_NS, self._dial_orchestrator)
             return
@@ -199,7 +208,7 @@ class HostProcess(Process):
             self.devices.pop(effect.tag, None)
             self.post(r.Withdrawn(effect.tag, effect.ticket))
         elif isinstance(effect, r.CheckHolders):
-            found = tuple(Holding(w.pid, "app", "maps") for w in self.holding(effect.tag))
+            found = tuple(Holding(w.pid, w.name, "maps") for w in self.holding(effect.tag))
             self.post(r.HoldersChecked(effect.tag, effect.ticket, found, True))
         elif isinstance(effect, r.KillHolders):
             for work in self.holding(effect.tag):
@@ -210,8 +219,28 @@ class HostProcess(Process):
             self._signal(effect)
 
     def holding(self, tag: str) -> list[Workload]:
-        """Workloads that map a tag's bytes."""
-        return [work for work in self.workloads.values() if work.tag == tag and work.running]
+        """Processes that map a tag's bytes."""
+        everybody = (*self.workloads.values(), *self.strangers)
+        return [work for work in everybody if work.tag == tag and work.running]
+
+    def hold(self, tag: str, name: str) -> bool:
+        """A process that the agent did not start maps a tag. False: the tag is not to be had."""
+        appliance = next((a for a in self.links if self._file(a, tag) is not None), None)
+        if tag not in self.devices or appliance is None:
+            return False
+        self._pids += 1
+        file = self._file(appliance, tag) or ""
+        stranger = Workload(f"stranger-{self._pids}", self._pids, tag, appliance, file, name)
+        self.strangers.append(stranger)
+        self.sim.say(f"{self.name}: process {stranger.pid} ({name}) maps {tag[:8]}")
+        self._work(stranger)
+        return True
+
+    def let_go(self, tag: str) -> None:
+        """Such processes end."""
+        for stranger in self.strangers:
+            if stranger.tag == tag:
+                self._end(stranger)
 
     def _surface(self, effect: r.Surface) -> None:
         ld = self.links[effect.appliance]
@@ -236,7 +265,7 @@ class HostProcess(Process):
             file = self._file(appliance, effect.tag) or ""
             known = Workload(effect.workload.id, self._pids, effect.tag, appliance, file)
             self.workloads[known.identity] = known
-            self.sim.say(f"{self.name}: workload {known.identity[:8]} maps {effect.tag[:8]}")
+            self.sim.say(f"{self.name}: process {known.pid} ({known.name}) maps {effect.tag[:8]}")
             self._work(known)
         self.post(r.WorkloadChanged(effect.tag, _report(known)))
 
@@ -248,7 +277,7 @@ class HostProcess(Process):
         if not work.running:
             return
         if not self._media[work.appliance].write(work.file, work.tag):
-            self.sim.say(f"{self.name}: workload {work.identity[:8]} gets SIGBUS")
+            self.sim.say(f"{self.name}: process {work.pid} ({work.name}) gets SIGBUS")
             self._end(work)
             return
         pause = self.sim.random.randrange(1, 40) * MILLISECOND
@@ -261,14 +290,14 @@ class HostProcess(Process):
             self.post(r.WorkloadChanged(effect.tag, gone))
         elif not work.running:
             self.post(r.WorkloadChanged(effect.tag, _report(work)))
-        elif effect.how == "kill" or self.sim.chance(0.7):
+        elif effect.how == "kill" or (self.obedient and self.sim.chance(0.7)):
             pause = self.sim.random.randrange(1, 400) * MILLISECOND
             self.sim.after(pause, lambda: self._end(work))
 
     def _end(self, work: Workload) -> None:
         if work.running:
             work.running = False
-            self.sim.say(f"{self.name}: workload {work.identity[:8]} ends")
+            self.sim.say(f"{self.name}: process {work.pid} ({work.name}) ends")
             self.post(r.WorkloadChanged(work.tag, _report(work)))
 
     def end_all(self, after_ns: Nanoseconds = 1 * SECOND) -> None:

@@ -66,6 +66,10 @@ class Process:
         self.life = 0
         """Counts starts: what an earlier life scheduled no longer counts."""
         self.crashes = 0
+        self.doom: tuple[str, str] | None = None
+        """Die at the next commit: (`before` or `after`, a class name among its events or effects;
+        empty for any).
+        """
         self.forgets_outbox = False
         """A planted bug: start without what was still to be done."""
         self._make = make
@@ -95,12 +99,16 @@ class Process:
         outbox = () if self.forgets_outbox else loaded.outbox
         return Loaded(tuple(loaded.records), outbox, loaded.last_effect_id)
 
-    def crash(self) -> None:
-        """Die at once; come back after a while."""
+    def kill(self) -> None:
+        """Die at once."""
         self.alive = False
         self.crashes += 1
         self.sim.say(f"{self.name} dies")
         self.stopped()
+
+    def crash(self) -> None:
+        """Die at once; come back after a while."""
+        self.kill()
         pause = self.sim.random.randrange(1 * MILLISECOND, 3 * SECOND)
         self.sim.after(pause, self.start)
 
@@ -163,15 +171,14 @@ class Process:
             taken.append((Tick(), None))
             events.append(Tick())
         steps = [self.machine.step(event, now) for event in events]
-        crash = self.sim.faults.crash / 2
-        if self.sim.chance(crash):
+        if self._dies("before", events, steps):
             self.crash()
             return
         self.store.commit(Batch(steps, now))
         for step in steps:
             for note in step.notes:
                 self.sim.say(f"{self.name}: {note.type} {note.subject[:8]} {_short(note.data)}")
-        if self.sim.chance(crash):
+        if self._dies("after", events, steps):
             self.crash()
             return
         self.committed(events, steps)
@@ -185,6 +192,18 @@ class Process:
             if answer is not None:
                 answer(step.reply)
         self.wake()
+
+    def _dies(self, moment: str, events: list[Event], steps: list[Step]) -> bool:
+        """Whether this life ends just before, or just after, the commit of a batch."""
+        if self.doom is not None:
+            when, what = self.doom
+            effects = [effect for step in steps for effect in step.effects]
+            if when == moment and any(
+                what in ("", type(each).__name__) for each in (*events, *effects)
+            ):
+                self.doom = None
+                return True
+        return self.sim.chance(self.sim.faults.crash / 2)
 
     def wake(self) -> None:
         """Have the machine or a link looked at when the next of their deadlines comes."""

@@ -15,7 +15,7 @@ from tagmem.domain.effects import DurableEffect, EffectUnknown
 from tagmem.domain.machine import OrchestratorMachine
 from tagmem.domain.turn import Turn
 from tagmem.ports import Event, Step
-from tagmem.testing.world import Planted
+from tagmem.testing.pod import Planted
 
 
 class FreesOnTimeout(OrchestratorMachine):

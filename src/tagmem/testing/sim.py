@@ -93,7 +93,8 @@ class Pipe:
 
     def __init__(self, sim: Simulation, deliver: Callable[[Any], None], *, fifo: bool) -> None:
         self._sim = sim
-        self._deliver = deliver
+        self.deliver = deliver
+        """What takes each message at its arrival; who listens in puts itself before it."""
         self._fifo = fifo
         self._last_arrival = 0
         self.open = True
@@ -116,7 +117,7 @@ class Pipe:
 
     def _arrive(self, message: Any) -> None:
         if self.open:
-            self._deliver(message)
+            self.deliver(message)
 
     def close(self) -> None:
         """Nothing more arrives."""

@@ -16,47 +16,23 @@ from uuid import UUID
 
 from tagmem.base.units import MIB, MILLISECOND, SECOND, Nanoseconds
 from tagmem.domain import effects, invariants
-from tagmem.domain.device import DeviceMachine
-from tagmem.domain.device_records import FM_PORT, AllocState, DeviceSpec, LdSpec, RegionSpec
+from tagmem.domain.device_records import DeviceSpec, LdSpec, RegionSpec
 from tagmem.domain.extent import InvariantViolated
-from tagmem.domain.invariants import DeviceExtent
-from tagmem.domain.machine import OrchestratorMachine
 from tagmem.domain.outcome import Outcome, Reply
-from tagmem.domain.records import ApplianceState, Extent
+from tagmem.domain.records import ApplianceState
 from tagmem.domain.state import State
 from tagmem.ports import Event
-from tagmem.testing.control import OrchestratorProcess
-from tagmem.testing.device import ApplianceProcess, SimMedia
-from tagmem.testing.hosts import HostProcess
 from tagmem.testing.nodes import Connection
+from tagmem.testing.pod import APPLIANCE, NOTHING_PLANTED, Planted, Pod
 from tagmem.testing.sim import CALM, Faults, Simulation
 
 BLOCK_BYTES = 2 * MIB
 POOL_BYTES = 64 * MIB
-APPLIANCE = "a0"
 HOSTS = ("w1", "w2")
 TAGS_MAX = 12
 LINES_TOLD = 40
 CHECK_EVERY = 16
 """Events between two looks at everything; after the others only what is cheap is looked at."""
-
-
-class Planted:
-    """Machines that can be swapped for ones with a bug, to show that the simulator finds it."""
-
-    def __init__(
-        self,
-        orchestrator: Callable[[], OrchestratorMachine] = OrchestratorMachine,
-        device: Callable[[DeviceSpec], DeviceMachine] = DeviceMachine,
-        *,
-        forgets_outbox: bool = False,
-    ) -> None:
-        self.orchestrator = orchestrator
-        self.device = device
-        self.forgets_outbox = forgets_outbox
-
-
-NOTHING_PLANTED = Planted()
 
 
 class Unsettled(InvariantViolated):
@@ -80,66 +56,21 @@ class _Telling:
                 error.add_note(line)
 
 
-class World:
-    """One simulated pod."""
+class World(Pod):
+    """One simulated pod in a storm."""
 
     def __init__(self, seed: int, planted: Planted = NOTHING_PLANTED) -> None:
-        self.sim = Simulation(seed)
-        media = SimMedia(BLOCK_BYTES)
-        self.media = {APPLIANCE: media}
         region = RegionSpec(0, POOL_BYTES, BLOCK_BYTES)
         spec = DeviceSpec((region,), tuple(LdSpec(h, mirrored=h == "w2") for h in HOSTS))
-        self.appliance = ApplianceProcess(self.sim, APPLIANCE, spec, media, planted.device)
-        self.orchestrator = OrchestratorProcess(self.sim, self._dial_fm, planted.orchestrator)
-        self.appliance.forgets_outbox = planted.forgets_outbox
-        self.orchestrator.forgets_outbox = planted.forgets_outbox
-        self.hosts = {
-            name: HostProcess(
-                self.sim,
-                name,
-                {APPLIANCE: ld},
-                self.media,
-                self._dial_mailbox,
-                self._dial_orchestrator,
-            )
-            for ld, name in enumerate(HOSTS)
-        }
+        super().__init__(Simulation(seed), spec, HOSTS, planted)
         self.client = Client(self)
         self._countdown = CHECK_EVERY
 
-    # ---- wires
-
-    def _break_sometimes(self, wire: Connection) -> None:
+    def opened(self, wire: Connection, client: str, server: str) -> None:
+        """Connections break sometimes."""
         if self.sim.chance(self.sim.faults.disconnect):
             pause = self.sim.random.randrange(1, 2000) * MILLISECOND
             self.sim.after(pause, partial(wire.close, "the connection broke"))
-
-    def _dial_fm(self, name: str, to_client: Callable[[bytes], None]) -> Connection | None:
-        wire = self.appliance.accept(FM_PORT, to_client, fifo=False)
-        if wire is not None:
-            self._break_sometimes(wire)
-        return wire
-
-    def _dial_mailbox(
-        self, name: str, ld: int, to_client: Callable[[bytes], None]
-    ) -> Connection | None:
-        # A mailbox is a register interface: it neither loses nor repeats commands.
-        wire = self.appliance.accept(ld, to_client, fifo=True)
-        if wire is not None:
-            self._break_sometimes(wire)
-        return wire
-
-    def _dial_orchestrator(self, to_client: Callable[[bytes], None]) -> Connection | None:
-        if not self.orchestrator.alive:
-            return None
-        wire = Connection(
-            self.sim,
-            lambda data: self.orchestrator.take_agent_message(wire, data),
-            to_client,
-            fifo=True,
-        )
-        self._break_sometimes(wire)
-        return wire
 
     # ---- running
 
@@ -175,34 +106,11 @@ class World:
         self._countdown -= 1
         if self._countdown == 0:
             self._countdown = CHECK_EVERY
-            self._check_all()
-
-    def device_extents(self) -> list[DeviceExtent]:
-        """What the device's own books say that hosts hold, in media offsets."""
-        return [
-            DeviceExtent(holder.ld, holder.region, row.tag, Extent(piece.start, piece.length))
-            for row in self.appliance.machine.state.allocations.values()
-            if row.state is AllocState.LIVE
-            for holder in row.holders
-            if not holder.pending
-            for piece in row.pieces
-        ]
-
-    def _check_all(self) -> None:
-        state = self.state
-        invariants.check(state)
-        both = self.appliance.alive and self.orchestrator.alive
-        if both and state.has_region(APPLIANCE, 0):
-            invariants.check_device(state, APPLIANCE, self.device_extents())
-
-    @property
-    def state(self) -> State:
-        """The orchestrator's."""
-        return self.orchestrator.machine.state
+            self.check()
 
     def _end(self) -> None:
         """Everything was given back, wiped, and is known to be."""
-        self._check_all()
+        self.check()
         state, device = self.state, self.appliance.machine.state
         left: list[str] = [
             *(f"capacity {tag} is {c.state.value}" for tag, c in state.capacities.items()),
