@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tagmem.client import Capacity as Capacity
     from tagmem.client import OfferRefused as OfferRefused
     from tagmem.client import TagAbsent as TagAbsent
-    from tagmem.client import open as open  # noqa: A004 - `tagmem.open` is the name that people expect
+    from tagmem.client import open as open  # noqa: A004 - the name that people expect
     from tagmem.client.session import Client as Client
 
 # What applications may use, and where it lives.

@@ -34,7 +34,7 @@ from tagmem.base.units import KIB, MIB, Bytes
 from tagmem.ports import Holding, MediaPiece, Wiped
 
 READ_BYTES = 1 * MIB
-"""Compared at once. Each read lets other threads run, and taking turns costs more than the bytes."""
+"""Compared at once. Each read lets other threads run; taking turns costs more than the bytes."""
 CHUNK_BYTES = 64 * MIB
 """Work between two yields."""
 _ZEROS = bytes(READ_BYTES)

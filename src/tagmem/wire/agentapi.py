@@ -26,7 +26,7 @@ class Message(
 
 
 class Workload(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A command to run on the tag; `id` is new for each launch, so that a repeat launches nothing."""
+    """A command to run on the tag; `id` is new for each launch: a repeat launches nothing."""
 
     id: str
     command: tuple[str, ...]
