@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,11 +33,16 @@ T = TypeVar("T")
 Queued = tuple[Event, "asyncio.Future[Any] | None", "Render | None"]
 
 
-GATHER_FROM = 4
+GATHER_FROM = 12
 """A batch of so many events shows that many askers wait at the same time."""
 GATHER_SECONDS = 0.001
 """Then more are let come before the next commit: most of a commit's cost is the same for any
 number of events. Whoever asks alone is never kept waiting."""
+
+HERE_SECONDS_MAX = 0.002
+"""While the last commit took less, the next is made in the loop's own thread: handing it to another
+one and back would take as long again. After a slow one the thread gets it, so that the loop goes on
+hearing while the disk takes its time."""
 
 
 class QueueFull(StorageFailed):
@@ -68,6 +74,7 @@ class Engine:
         self._stopping = False
         self._committing = False
         self._last_batch = 0
+        self._write_seconds = HERE_SECONDS_MAX
         self._readers: list[Callable[[], None]] = []
         self.committed_ns: Nanoseconds = 0
         """When the batch that observers are told of was decided."""
@@ -176,8 +183,7 @@ class Engine:
         if any(step.changes or step.effects or step.done or step.notes for step in steps):
             self._committing = True
             try:
-                batch = Batch(steps, now)
-                last_history = await loop.run_in_executor(self._writer, self._store.commit, batch)
+                last_history = await self._write(loop, Batch(steps, now))
             except StorageFailed as failure:
                 self._committing = False
                 self._fail(taken, failure)
@@ -200,6 +206,17 @@ class Engine:
             else:
                 _answer(future, partial(render, step.reply))
         self._tell_readers()
+
+    async def _write(self, loop: asyncio.AbstractEventLoop, batch: Batch) -> int:
+        # Not the loop's own clock, which stands still while its thread is busy.
+        begun = time.monotonic()
+        if self._write_seconds < HERE_SECONDS_MAX:
+            last_history = self._store.commit(batch)
+        else:
+            commit = self._store.commit
+            last_history = await loop.run_in_executor(self._writer, commit, batch)
+        self._write_seconds = time.monotonic() - begun
+        return last_history
 
     def _tell_readers(self) -> None:
         readers, self._readers = self._readers, []
