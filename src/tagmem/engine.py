@@ -166,11 +166,11 @@ class Engine:
             await self._wake.wait()
             return
         delay = max(0, deadline - self._clock.now()) / SECOND
+        alarm = asyncio.get_running_loop().call_later(delay, self._wake.set)
         try:
-            async with asyncio.timeout(delay):
-                await self._wake.wait()
-        except TimeoutError:
-            return
+            await self._wake.wait()
+        finally:
+            alarm.cancel()
 
     async def _commit(
         self,

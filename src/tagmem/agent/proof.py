@@ -67,12 +67,23 @@ class Prover:
         self.looks = 0
         """Looks through /proc so far."""
 
+    def alone(self, target: Target) -> bool:
+        """Whether the kernel itself says that nobody has the bytes: in microseconds, with no look.
+
+        False is no answer yet: then `check`.
+        """
+        return not self._identities_of(target) or bool(_lease(target))
+
+    @staticmethod
+    def _identities_of(target: Target) -> frozenset[Identity]:
+        return frozenset(target.identities) | _identities(target.paths)
+
     def check(self, targets: Sequence[Target]) -> dict[str, Proof]:
         """Each tag's proof, or its holders."""
         proofs: dict[str, Proof] = {}
         left: list[tuple[Target, frozenset[Identity], bool]] = []
         for target in targets:
-            identities = frozenset(target.identities) | _identities(target.paths)
+            identities = self._identities_of(target)
             if not identities:
                 # No bytes were ever within reach of this host, or there is no file to them.
                 proofs[target.tag] = Proof()
@@ -125,7 +136,7 @@ class Prover:
 
     def kill(self, target: Target) -> tuple[Holding, ...]:
         """SIGKILL to each process that holds the tag now; who they were."""
-        identities = frozenset(target.identities) | _identities(target.paths)
+        identities = self._identities_of(target)
         look = _Look(self._proc, identities)
         look.run()
         proof = self._judge(target, identities, look, refused=False)

@@ -203,7 +203,10 @@ class HostService:
             or connection is None
             or not connection.ask_media(effect.tag)
         ):
-            self._proof_worker.order(effect)
+            if self._prover.alone(self._target(effect)):
+                self.engine.post(r.HoldersChecked(effect.tag, effect.ticket, (), True, ""))
+            else:
+                self._proof_worker.order(effect)
             return
         self._checking[effect.tag] = effect
 

@@ -260,6 +260,9 @@ def count_bits(of: str, shift: int, width: int) -> Bit:
     return Bit(of, shift, width, None, True)
 
 
+_KNOWN_MAX = 64
+
+
 class Bits(Part):
     def __init__(self, offset: int | None, width: int, bits_: tuple[Bit, ...]) -> None:
         super().__init__(offset)
@@ -275,8 +278,20 @@ class Bits(Part):
                 raise LayoutError(f"bits of {b.name} overlap or lie outside the field")
             used |= b.mask << b.shift
         self.used = used
+        self._known: dict[Any, tuple[Any, ...]] = {}
+        """Items read before and what they say; most are one of a few combinations of flags."""
 
     def read(self, item: Any, out: list[Any], counts: dict[str, int]) -> None:
+        known = self._known.get(item)
+        if known is not None:
+            out.extend(known)
+            return
+        before = len(out)
+        self._read(item, out, counts)
+        if not self.counted and len(self._known) < _KNOWN_MAX:
+            self._known[item] = tuple(out[before:])
+
+    def _read(self, item: Any, out: list[Any], counts: dict[str, int]) -> None:
         number = int.from_bytes(item, "little") if self.bytes_item else item
         for b in self.bits:
             part = number >> b.shift & b.mask
