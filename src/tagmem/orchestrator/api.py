@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import msgspec
 
+from tagmem.base.errors import InvalidInput
 from tagmem.base.ids import Tag
 from tagmem.base.limits import LIST_PAGE_MAX
 from tagmem.base.units import Nanoseconds
@@ -37,6 +38,7 @@ from tagmem.domain.records import (
 from tagmem.engine import Engine
 from tagmem.orchestrator import documents
 from tagmem.orchestrator.asgi import Headers, Request, Response, Stream, name_of
+from tagmem.orchestrator.config import parse_address
 from tagmem.orchestrator.documents import View
 from tagmem.orchestrator.inputs import (
     create_event,
@@ -179,13 +181,13 @@ class Api:
     def _check_put(self, request: Request, tag: Tag) -> None:
         held = self._view.capacities.get(tag)
         if held is not None and request.seen(held.revision):
-            _unmatched(tag, "If-None-Match", "another revision", held.revision)
-        if b"if-match" in request.headers:
-            revision = request.if_match()
-            if held is None:
-                _unmatched(tag, "If-Match", "absent, for there is no such capacity", revision)
-            if revision not in (None, held.revision):
-                _unmatched(tag, "If-Match", f'"{held.revision}"', revision)
+            limit = f'not "{held.revision}"'
+            _unmatched(tag, "If-None-Match", limit, request.header(b"if-none-match"))
+        if held is not None:
+            _allowed(request, held)
+        elif request.header(b"if-match"):
+            limit = "absent, for there is no such capacity"
+            _unmatched(tag, "If-Match", limit, request.header(b"if-match"))
 
     async def _wanted(self, request: Request) -> rest.CapacityRequest:
         return await request.decode(_capacity_request)
@@ -211,7 +213,7 @@ class Api:
 
     async def release_capacity(self, request: Request) -> Response:
         tag = request.tag()
-        event = release_event(request, tag, "", self._deadlines_ns)
+        event = release_event(request, tag, "", self._deadlines_ns, await self._match(request, tag))
 
         def judge() -> Response | None:
             held = self._view.capacities.get(tag)
@@ -235,7 +237,9 @@ class Api:
 
     async def release_attachment(self, request: Request) -> Response:
         tag, host = request.tag(), request.name(1, "host")
-        event = release_event(request, tag, host, self._deadlines_ns)
+        event = release_event(
+            request, tag, host, self._deadlines_ns, await self._match(request, tag)
+        )
 
         def judge() -> Response | None:
             held = self._view.capacities.get(tag)
@@ -380,18 +384,13 @@ class Api:
                 ready = False
         return self._document(200, held) if ready else None
 
-    async def _match(self, request: Request, tag: Tag) -> None:
-        """Honour `If-Match` where the event itself does not carry it."""
-        revision = request.if_match()
-        if revision is None:
-            return
-
-        def check() -> None:
-            held = self._capacity(tag)
-            if held.revision != revision:
-                _unmatched(tag, "If-Match", f'"{held.revision}"', revision)
-
-        await self._engine.read(check)
+    async def _match(self, request: Request, tag: Tag) -> int | None:
+        """Honour `If-Match`: the revision that it allows and that is the present one, for events
+        that carry it further; None without the header.
+        """
+        if request.if_match() is None:
+            return None
+        return await self._engine.read(lambda: _allowed(request, self._capacity(tag)))
 
     def _document(self, status: int, held: CapacityRecord) -> Response:
         headers = _revision(held)
@@ -441,6 +440,10 @@ class Api:
     async def put_appliance(self, request: Request) -> Response:
         name = request.name(0, "appliance")
         wanted = await request.decode(_appliance_request)
+        try:
+            parse_address(wanted.address, "address")
+        except InvalidInput as error:
+            raise refuse_field(error.field, error.limit, wanted.address) from None
 
         def judge() -> Response | None:
             record = self._view.appliances.get(name)
@@ -639,7 +642,15 @@ def _ok(reply: Reply) -> Outcome:
     return reply.outcome
 
 
-def _unmatched(tag: Tag, field: str, limit: str, value: object) -> NoReturn:
+def _allowed(request: Request, held: CapacityRecord) -> int:
+    """The present revision. Raises Refused where `If-Match` does not allow it."""
+    allowed = request.if_match()
+    if allowed is not None and held.revision not in allowed:
+        _unmatched(held.tag, "If-Match", f'"{held.revision}"', request.header(b"if-match"))
+    return held.revision
+
+
+def _unmatched(tag: Tag, field: str, limit: str, value: str) -> NoReturn:
     raise Refused(
-        Reply(Outcome.REVISION_DOES_NOT_MATCH, tag, field=field, limit=limit, value=f'"{value}"')
+        Reply(Outcome.REVISION_DOES_NOT_MATCH, tag, field=field, limit=limit, value=value)
     )

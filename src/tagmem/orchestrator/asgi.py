@@ -7,6 +7,7 @@ that is read with a bound, an answer that is one value, and errors that are answ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl
@@ -27,6 +28,9 @@ Headers = tuple[tuple[bytes, bytes], ...]
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 
 JSON = b"application/json"
+ENTITY_TAGS = r'(?:W/)?"[!#-~]{0,64}"(?: *, *(?:W/)?"[!#-~]{0,64}"){0,15}'
+"""What `If-Match` and `If-None-Match` hold besides `*`."""
+_ENTITY_TAGS = re.compile(ENTITY_TAGS)
 QUERY_FIELDS_MAX = 32
 WAIT_SECONDS_MAX = 600.0
 """Longest that one request may hold its answer; a client that wants more asks again."""
@@ -164,18 +168,17 @@ class Request:
             return min(float(text), WAIT_SECONDS_MAX)
         return 0.0
 
-    def if_match(self) -> int | None:
-        """The revision that `If-Match` asks for; None when any will do.
-
-        Raises Refused for no revision.
+    def if_match(self) -> frozenset[int] | None:
+        """The revisions that `If-Match` allows; None when any will do. A weak tag, or one that was
+        never ours, allows nothing (RFC 9110 13.1.1). Raises Refused for no list of entity tags.
         """
         text = self.header(b"if-match")
         if text in ("", "*"):
             return None
-        revision = text.strip('"')
-        if text != f'"{revision}"' or not revision.isascii() or not revision.isdigit():
-            raise refuse_field("If-Match", 'one revision in quotes, such as "3", or *', text)
-        return int(revision[:20])
+        if not _ENTITY_TAGS.fullmatch(text):
+            raise refuse_field("If-Match", 'entity tags in quotes, such as "3", or *', text)
+        tags = (tag.strip().strip('"') for tag in text.split(","))
+        return frozenset(int(tag) for tag in tags if tag.isascii() and tag.isdigit())
 
     def seen(self, revision: int) -> bool:
         """Whether `If-None-Match` names this revision: the client has it already."""

@@ -114,6 +114,14 @@ def parse_endpoint(text: str, field: str) -> TcpEndpoint | UnixEndpoint:
     return TcpEndpoint(match.group(1) or match.group(2), port)
 
 
+def parse_address(text: str, field: str) -> str:
+    """An appliance's address, `unix:/PATH` for now. Raises InvalidInput for anything else."""
+    if not text.startswith("unix:") or not text.isprintable():
+        raise InvalidInput(field, "unix:/PATH of a fabric-manager port", text)
+    _unix(text.removeprefix("unix:"), field)
+    return text
+
+
 def _unix(path: str, field: str) -> UnixEndpoint:
     if not path.startswith("/"):
         raise InvalidInput(field, "an absolute path of a socket", path)
@@ -148,8 +156,9 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> OrchestratorConfig:
         reply = from_decoding(error, msgspec.json.encode(given)).reply
         field = reply.field or "config"
         raise InvalidInput(f"{path or 'options'}: {field}", reply.limit, reply.value) from None
-    for name in config.appliances:
+    for name, section in config.appliances.items():
         parse_name(name, "appliances")
+        parse_address(section.address, f"appliances.{name}.address")
     for name, host in config.hosts.items():
         parse_name(name, "hosts")
         for appliance in host.links:

@@ -40,7 +40,11 @@ def create_event(tag: Tag, wanted: rest.CapacityRequest, key: str) -> CreateCapa
 
 
 def release_event(
-    request: Request, tag: Tag, host: str, defaults: Mapping[str, Nanoseconds]
+    request: Request,
+    tag: Tag,
+    host: str,
+    defaults: Mapping[str, Nanoseconds],
+    revision: int | None,
 ) -> ReleaseCapacity:
     """What a DELETE asks. Raises Refused for an unknown rung, deadline or revision."""
     query = request.query(*(each.name for each in RELEASE_QUERY))
@@ -49,7 +53,7 @@ def release_event(
         text = query.get(f"{rung}_seconds")
         if text is not None:
             deadlines[rung] = nanoseconds(f"{rung}_seconds", text)
-    event = ReleaseCapacity(tag, host, deadlines_ns=deadlines, if_match=request.if_match())
+    event = ReleaseCapacity(tag, host, deadlines_ns=deadlines, if_match=revision)
     up_to = query.get("up_to")
     if up_to is None:
         return event

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from tagmem.orchestrator.asgi import WAIT_SECONDS_MAX
-from tagmem.orchestrator.routes import ROUTES
+from tagmem.orchestrator.routes import NAME_SCHEMA, ROUTES
 from tagmem.orchestrator.routing import Route
 from tagmem.wire import rest
 
@@ -32,11 +32,11 @@ _PATH_PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "host": {
         "description": "A host's name.",
-        "schema": {"type": "string", "pattern": r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$"},
+        "schema": NAME_SCHEMA,
     },
     "appliance": {
         "description": "An appliance's name.",
-        "schema": {"type": "string", "pattern": r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$"},
+        "schema": NAME_SCHEMA,
     },
 }
 
@@ -124,12 +124,17 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     if route.keyed:
         found.append(_header("Idempotency-Key", "Repeats under one key change nothing.", 255))
     if route.streams:
-        found.append(_header("Last-Event-ID", "Resume a stream behind this event."))
+        about = "Resume a stream behind this event."
+        found.append(_header("Last-Event-ID", about, pattern=r"^[0-9]{1,18}$"))
     return found
 
 
-def _header(name: str, about: str, length: int | None = None) -> dict[str, Any]:
+def _header(
+    name: str, about: str, length: int | None = None, pattern: str | None = None
+) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string"}
+    if pattern is not None:
+        schema["pattern"] = pattern
     if length is not None:
         schema["maxLength"] = length
     return {"name": name, "in": "header", "description": about, "schema": schema}

@@ -13,6 +13,10 @@ from tagmem.orchestrator.routing import Query, Route
 from tagmem.wire import rest
 
 _TEXT: dict[str, Any] = {"type": "string"}
+NAME_SCHEMA: dict[str, Any] = {
+    "type": "string",
+    "pattern": r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$",
+}
 _STATES = ("reserved", "active", "releasing", "sanitising", "quarantined")
 
 EVENTS_PAGE = 1_000
@@ -36,7 +40,7 @@ CAPACITIES_QUERY = (
         {"type": "integer", "minimum": 1, "maximum": LIST_PAGE_MAX, "default": CAPACITIES_PAGE},
         "At most so many.",
     ),
-    Query("host", _TEXT, "Only what is, or is to be, on this host."),
+    Query("host", NAME_SCHEMA, "Only what is, or is to be, on this host."),
     Query("state", {"enum": list(_STATES)}, "Only capacities in this state."),
     Query("owner", _TEXT, "Only this owner's."),
     Query("appliance", _TEXT, "Only what lies on this appliance."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import cast
 from urllib.parse import unquote
@@ -157,10 +158,10 @@ class WebSocket(asyncio.Protocol):
         self._flush()
         self._set_timer(PING_SECONDS, self._ping)
 
-    def _set_timer(self, seconds: float, then: object) -> None:
+    def _set_timer(self, seconds: float, then: Callable[[], None]) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._serving.loop.call_later(seconds, then)  # type: ignore[arg-type]
+        self._timer = self._serving.loop.call_later(seconds, then)
 
     def _closing(self) -> None:
         """Our close frame is out: wait for the peer's end, but not for ever."""

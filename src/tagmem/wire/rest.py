@@ -58,6 +58,7 @@ class ApplianceRequest(Body, frozen=True):
     """PUT /v1/appliances/{id}."""
 
     address: Annotated[str, Meta(max_length=1024)]
+    """`unix:/PATH` of its fabric-manager port."""
 
 
 class HostRequest(Body, frozen=True):

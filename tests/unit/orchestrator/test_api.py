@@ -163,7 +163,10 @@ def test_if_match_is_honoured(method: str, path: str, body: Any) -> None:
             stale = await w.call(method, path, body, headers={"if-match": '"1"'})
             assert (stale.status, stale.json["outcome"]) == (412, "revision_does_not_match")
             held = await w.call("GET", CAPACITY)
-            now = await w.call(method, path, body, headers={"if-match": held.headers["etag"]})
+            weak = {"if-match": f"W/{held.headers['etag']}"}
+            assert (await w.call(method, path, body, headers=weak)).status == 412
+            allowed = {"if-match": f'"1", {held.headers["etag"]}'}
+            now = await w.call(method, path, body, headers=allowed)
             assert now.status != 412
             wrong = await w.call(method, path, body, headers={"if-match": "yesterday"})
             assert (wrong.status, wrong.json["field"]) == (422, "If-Match")
@@ -484,6 +487,15 @@ PROBLEMS: list[tuple[str, str, bytes, dict[str, str], int, str, str]] = [
     ("GET", "/v1/hosts/UPPER", b"", {}, 422, "name_is_malformed", "host"),
     ("GET", "/v1/hosts/nobody", b"", {}, 404, "host_is_unknown", ""),
     ("GET", "/v1/appliances/none", b"", {}, 404, "appliance_is_unknown", ""),
+    (
+        "PUT",
+        "/v1/appliances/a9",
+        b'{"address": "tcp:1.2.3.4"}',
+        {},
+        422,
+        "field_out_of_range",
+        "address",
+    ),
     ("GET", "/v1/nothing", b"", {}, 404, "path_is_unknown", ""),
     ("GET", "/v1/capacities/", b"", {}, 404, "path_is_unknown", ""),
     ("PATCH", CAPACITY, b"", {}, 405, "method_is_not_allowed", "method"),
