@@ -18,7 +18,7 @@ APPLIANCE = "a0"
 BLOCK = 2 << 20
 READY_SECONDS = 20.0
 POLL_SECONDS = 0.000_5
-_ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 """Daemons are measured as they run: with their bytecode compiled before."""
 
 
@@ -30,7 +30,7 @@ class NotReady(Exception):
 def running(argv: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process, ended in order when the block is left."""
     with log.open("ab") as out:
-        process = subprocess.Popen(argv, stdout=out, stderr=out, env=_ENVIRONMENT)
+        process = subprocess.Popen(argv, stdout=out, stderr=out, env=ENVIRONMENT)
     try:
         yield process
     finally:
