@@ -42,6 +42,7 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
 
     # What was loaded until here stays: the collector need not look at it again.
     gc.freeze()
+    gc.enable()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main)
 

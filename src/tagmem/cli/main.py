@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from tagmem import __version__
+from tagmem.base.errors import TagmemError
 from tagmem.cli.base import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, Command, Group
 from tagmem.cli.capacity import capacity
 from tagmem.cli.daemons import demo, down, orchestrator, up
@@ -82,10 +83,19 @@ def main() -> NoReturn:
     sys.exit(invoke(sys.argv[1:]))
 
 
-def invoke(arguments: list[str]) -> int:
+def failed(daemon: str, error: TagmemError) -> int:
+    """Say why a daemon that was started without the command line has ended; the exit code."""
+
+    def end() -> NoReturn:
+        raise error
+
+    return invoke([], Command(daemon, callback=end))
+
+
+def invoke(arguments: list[str], command: click.Command = cli) -> int:
     """Run one command line; the exit code."""
     try:
-        result = cli.main(arguments, prog_name="tagmem", standalone_mode=False)
+        result = command.main(arguments, prog_name="tagmem", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections import deque
-from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import unquote
@@ -36,6 +35,10 @@ _STATUS_LINES = {
 _NO_BODY = frozenset({204, 304})
 
 
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = tuple("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())
+
+
 class _Date:
     """The Date header, made anew once a second."""
 
@@ -47,7 +50,10 @@ class _Date:
         second = int(time.time())
         if second != self._second:
             self._second = second
-            self._line = b"date: " + formatdate(second, usegmt=True).encode() + b"\r\n"
+            year, month, day, hour, minute, past, weekday, _, _ = time.gmtime(second)
+            # RFC 9110 5.6.7, in English whatever the locale says.
+            date = f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year}"
+            self._line = f"date: {date} {hour:02}:{minute:02}:{past:02} GMT\r\n".encode()
         return self._line
 
 
