@@ -328,7 +328,7 @@ class Api:
             if answer is None:
                 return self._waiters.add(about, judge)
             # What became of it at once keeps the status of its beginning: created stays 201.
-            first = answer if answer.status == 204 else answer._replace(status=first.status)
+            first = answer if answer.status == 204 else first._replace(body=answer.body)
             return None
 
         waiting = await self._engine.submit(event, render)
@@ -336,8 +336,11 @@ class Api:
             return first
         answer = await self._held(about, waiting, seconds)
         if answer is not None:
-            status = first.status if first.status == 201 else answer.status
-            return answer._replace(status=status, headers=(*answer.headers, _applied(seconds)))
+            headers = (*answer.headers, _applied(seconds))
+            if first.status == 201:
+                # Held or not, what was made is answered as made: the status and its Location.
+                return answer._replace(status=201, headers=(*headers, _location(about)))
+            return answer._replace(headers=headers)
         late = await self._engine.read(lambda: self._late(about))
         return late._replace(headers=(*late.headers, _applied(seconds)))
 
@@ -395,7 +398,7 @@ class Api:
     def _document(self, status: int, held: CapacityRecord) -> Response:
         headers = _revision(held)
         if status == 201:
-            headers = (*headers, (b"location", b"/v1/capacities/" + held.tag.encode()))
+            headers = (*headers, _location(held.tag))
         return Response(status, encode(documents.capacity(self._view, held)), headers)
 
     def _capacity(self, tag: str) -> CapacityRecord:
@@ -630,6 +633,10 @@ class Api:
 
 def _revision(held: CapacityRecord) -> Headers:
     return ((b"etag", b'"%d"' % held.revision),)
+
+
+def _location(tag: str) -> tuple[bytes, bytes]:
+    return (b"location", b"/v1/capacities/" + tag.encode())
 
 
 def _applied(seconds: float) -> tuple[bytes, bytes]:

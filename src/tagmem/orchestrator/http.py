@@ -36,7 +36,7 @@ _NO_BODY = frozenset({204, 304})
 
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS = tuple("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 class _Date:
@@ -302,6 +302,9 @@ class Exchange:
             if not self._started and not self._disconnected:
                 detail = refused_bytes("the server failed to answer this")
                 self._connection.transport.write(_STATUS_LINES[500] + _date.line() + detail)
+            elif self._started:
+                # A client that reads nothing would keep a mere close waiting for ever.
+                self._connection.abort()
         self._connection.ended(self)
 
     # ---- in

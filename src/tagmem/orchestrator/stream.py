@@ -27,7 +27,10 @@ class EventStream:
 
     open_now: ClassVar[int] = 0
 
-    def __init__(self, feed: Feed, after: int, subject: str) -> None:
+    def __init__(
+        self, feed: Feed, after: int, subject: str, stall_seconds: float = STALL_SECONDS
+    ) -> None:
+        self._stall_seconds = stall_seconds
         self._feed = feed
         self._after = after
         self._subject = subject
@@ -45,10 +48,10 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b": hello\n\n", "more_body": True})
             while not gone.done() and not self._feed.ended:
-                async with asyncio.timeout(STALL_SECONDS):
+                async with asyncio.timeout(self._stall_seconds):
                     await self._send_waiting(send)
                 await self._wait(gone, send)
-            async with asyncio.timeout(STALL_SECONDS):
+            async with asyncio.timeout(self._stall_seconds):
                 await send({"type": "http.response.body", "body": b""})
         except (TimeoutError, StorageFailed):
             return  # cut: the connection is closed, and the client resumes with Last-Event-ID
@@ -75,7 +78,7 @@ class EventStream:
         )
         if not done:
             changed.cancel()
-            async with asyncio.timeout(STALL_SECONDS):
+            async with asyncio.timeout(self._stall_seconds):
                 await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
 
     def _wanted(self, event: EventDocument) -> bool:

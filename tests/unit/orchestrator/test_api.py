@@ -202,6 +202,7 @@ def test_wait_holds_the_answer_until_every_host_is_ready() -> None:
             answer = await held
             assert answer.status == 201
             assert answer.headers["preference-applied"] == "wait=30"
+            assert answer.headers["location"] == CAPACITY
             (attached,) = answer.json["attachments"]
             assert (attached["state"], attached["ready"]) == ("attached", True)
             assert attached["dpas"] == [[0, SIZE]]

@@ -128,6 +128,27 @@ def test_the_end_of_the_process_ends_streams() -> None:
     asyncio.run(main())
 
 
+def test_a_client_that_does_not_read_is_cut() -> None:
+    async def main() -> None:
+        async with world() as w:
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+                if len(sent) > 2:
+                    await asyncio.Event().wait()
+
+            async def receive() -> Any:
+                return await asyncio.Event().wait()
+
+            stream = EventStream(w.orchestrator.feed, 0, "", stall_seconds=0.01)
+            await stream.run(receive, send)
+            assert EventStream.open_now == 0
+            assert sent[-1]["more_body"]
+
+    asyncio.run(main())
+
+
 def test_a_wrong_position_is_named() -> None:
     async def main() -> None:
         async with world() as w:
