@@ -14,6 +14,7 @@ from tagmem.base.ids import NIL_TAG, ApplianceId, parse_name
 from tagmem.domain import attachment as attachments
 from tagmem.domain import ladder
 from tagmem.domain.attachment import Happening
+from tagmem.domain.device_records import Code
 from tagmem.domain.effects import (
     AddFailed,
     AddStarted,
@@ -174,7 +175,7 @@ def add_failed(turn: Turn, event: AddFailed) -> None:
     record, _ = _concluded(turn, event.effect_id, InitiateAdd)
     if record is None:
         return
-    reason = f"the appliance refused to offer it (code {event.code:#04x})"
+    reason = f"the appliance refused to offer it ({code_name(event.code)})"
     if record.state in attachments.LEAVING:
         nothing = not record.held
         turn.move(
@@ -189,6 +190,14 @@ def add_failed(turn: Turn, event: AddFailed) -> None:
         turn.doubt(record.appliance, reason)
 
 
+def code_name(code: int) -> str:
+    """A CXL return code as people read it, its number beside it."""
+    try:
+        return f"{Code(code).name.lower().replace('_', ' ')}, code {code:#04x}"
+    except ValueError:
+        return f"code {code:#04x}"
+
+
 def release_started(turn: Turn, event: ReleaseStarted) -> None:
     """Forced: the host no longer has the extents. They are clean only when type 5 says so."""
     record, _ = _concluded(turn, event.effect_id, InitiateRelease)
@@ -201,7 +210,7 @@ def release_failed(turn: Turn, event: ReleaseFailed) -> None:
     record, _ = _concluded(turn, event.effect_id, InitiateRelease)
     if record is None:
         return
-    reason = f"the appliance refused the forced release (code {event.code:#04x})"
+    reason = f"the appliance refused the forced release ({code_name(event.code)})"
     _try_again(turn, record, reason, "force")
     turn.doubt(record.appliance, reason)
 
@@ -212,7 +221,7 @@ def fence_ended(turn: Turn, event: FenceEnded) -> None:
     if record is None or capacity is None or record.state not in attachments.LEAVING:
         return
     if event.code:
-        reason = f"not fenced (code {event.code:#04x}): something on the host still has it"
+        reason = f"not fenced ({code_name(event.code)}): something on the host still has it"
         _try_again(turn, record, reason, "fence")
         return
     turn.note("capacity.fenced", record.tag, host=record.host)

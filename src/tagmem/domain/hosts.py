@@ -134,7 +134,13 @@ def _leaving(turn: Turn, host: str) -> list[AttachmentRecord]:
 def observed(turn: Turn, event: HostObserved) -> None:
     """Take over what an agent says about one tag."""
     record = turn.state.attachment(event.tag, event.host)
-    if record is None or event.revision < record.revision:
+    if record is None:
+        if event.phase == "refused" and event.reason:
+            # Not ours to lend, but somebody offered it: people want to know what the host said.
+            reason = event.reason[:REASON_LENGTH_MAX]
+            turn.note("host.refused", event.host, tag=event.tag, reason=reason)
+        return
+    if event.revision < record.revision:
         return
     status = _workload_status(turn, record, event.workload)
     changes: dict[str, Any] = {} if status is None else {"workload_status": status}

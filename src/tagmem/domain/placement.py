@@ -365,8 +365,10 @@ def _lack(
         limit = f"at most {EXTENTS_PER_CAPACITY_MAX} extents"
         return _reply(Outcome.TOO_MANY_EXTENTS, limit, size)
     if Verdict.FRAGMENTED in found:
-        return _reply(Outcome.NO_CONTIGUOUS_CAPACITY, f"{longest} in one run now", size)
-    return _reply(Outcome.NOT_ENOUGH_FREE_CAPACITY, f"{most} free in one region now", size)
+        limit = f"at most {longest}, the longest free run now (or may be scattered)"
+        return _reply(Outcome.NO_CONTIGUOUS_CAPACITY, limit, size)
+    limit = f"at most {most}, what is free in one region now"
+    return _reply(Outcome.NOT_ENOUGH_FREE_CAPACITY, limit, size)
 
 
 _WRONG_KIND = frozenset(
@@ -426,5 +428,6 @@ class Explanation(NamedTuple):
         count = "one extent" if len(extents) == 1 else f"{len(extents)} extents"
         free = format_size(window.pool.free.free_bytes)
         where = f"{window.appliance} region {window.region.index}"
-        fit = f"the best fit of {len(self.candidates)} regions"
+        others = len(self.candidates)
+        fit = f"the best fit of {others} regions" if others > 1 else "the only region"
         return f"{where}, in {count}: {fit} ({free} free there)."

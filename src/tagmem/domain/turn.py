@@ -286,7 +286,8 @@ def _condition(turn: Turn, capacity: CapacityRecord) -> Condition:
     records = turn.state.attachments.get(capacity.tag, {}).values()
     living = [record for record in records if record.state not in attachments.OVER]
     if living:
-        if all(r.state in attachments.LEAVING and (r.proved or r.fenced) for r in living):
+        # A fence alone gives nothing back: the appliance still lists the host as holder.
+        if all(r.state in attachments.LEAVING and r.proved for r in living):
             return _unclean(turn, capacity)
         if capacity.leaving or all(r.state in attachments.LEAVING for r in living):
             return Condition.LEAVING

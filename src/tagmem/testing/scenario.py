@@ -118,7 +118,7 @@ class ScenarioPod(Pod):
         Tap(wire, client, APPLIANCE, self.loss, self.sim.say)
 
     def device_extents(self) -> list[DeviceExtent]:
-        """Without what foreign hosts hold: what strangers do is not known until it has been read."""
+        """Without foreign hosts: what strangers do is not known until it has been read."""
         lds = self.appliance.machine.spec.lds
         return [one for one in super().device_extents() if lds[one.ld].name in self.hosts]
 
@@ -309,7 +309,8 @@ class Scenario:
             self._print(f"{APPLIANCE} {document.state}{fault}, {free} of {size} free")
             for odd in view.quarantine.values():
                 pieces = ", ".join(f"{e.start:#x}+{e.length:#x}" for e in odd.extents)
-                self._print(f"quarantined: {odd.tag} LD {odd.ld} [{pieces}]: {odd.reason}")
+                where = "" if odd.ld is None else f" on LD {odd.ld} [{pieces}]"
+                self._print(f"quarantined: {odd.tag}{where}: {odd.reason}")
         for tag in [tag_of(word) for word in words] or sorted(map(Tag, view.capacities)):
             if tag not in view.capacities:
                 self._print(f"{tag} is not there")
@@ -448,7 +449,7 @@ def _capacity(document: CapacityDocument) -> Iterator[str]:
     for held in document.attachments:
         parts = [held.state]
         if held.ready:
-            parts.append(f"ready as {held.dax_path}")
+            parts.append(f"ready as {held.dax_path}" if held.dax_path else "ready")
         if held.rung:
             parts.append(f"rung {held.rung}")
         parts += [f"held by {who.name} (pid {who.pid}, {who.how})" for who in held.holders]
@@ -484,7 +485,11 @@ def play(text: str) -> str:
     scenario = Scenario()
     out: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("#") or (not line and (not out or out[-1].startswith("#"))):
+        if line.startswith("#"):
+            if out and out[-1] and not out[-1].startswith("#"):
+                out.append("")
+            out.append(line)
+        elif not line and out and out[-1].startswith("#"):
             out.append(line)
         elif line.startswith(PROMPT):
             if out and out[-1]:

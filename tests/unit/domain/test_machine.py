@@ -274,7 +274,7 @@ def test_a_full_pool_says_how_much_there_is(world: World) -> None:
     assert world.free() == 0
     step = world.create(size_bytes=128 * MIB, region=0)
     assert step.reply.outcome is Outcome.NOT_ENOUGH_FREE_CAPACITY
-    assert "0 free" in step.reply.limit
+    assert step.reply.limit == "at most 0, what is free in one region now"
 
 
 def test_scattered_capacity_only_where_it_is_allowed(world: World) -> None:
@@ -452,6 +452,29 @@ def test_the_ladder_to_its_top(world: World) -> None:
     assert world.state() is CapacityState.SANITISING
     world.returned(add)
     assert world.state() is None
+
+
+def test_a_fence_alone_gives_nothing_back(world: World) -> None:
+    """The appliance still lists the host, so it is releasing: not sanitising, later overdue."""
+    world.attached()
+    world.do(ev.HostDisconnected(H1))
+    world.do(ev.ReleaseCapacity(T, up_to="fence"))
+    world.tick()
+    (fence,) = [e for e in world.tick().effects if isinstance(e, FenceHost)]
+    world.do(ev.FenceEnded(fence.id, T, H1, 0))
+    while world.machine.next_deadline() is not None:
+        world.tick()
+    assert world.at().fenced
+    assert world.state() is CapacityState.RELEASING
+    assert world.free() == GIB - 64 * MIB
+
+
+def test_a_refusal_of_what_was_not_lent_here_is_told(world: World) -> None:
+    other = Tag("99999999-0000-4000-8000-000000000000")
+    step = world.do(ev.HostObserved(H1, other, 0, "refused", reason="not announced"))
+    assert types(step) == ["host.refused"]
+    assert step.notes[0].data == {"tag": other, "reason": "not announced"}
+    assert not step.changes
 
 
 def test_sanitising_too_long_is_seen_and_not_free(world: World) -> None:
