@@ -24,10 +24,10 @@ NAMES = (
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEAD = """# What it costs
 
-Written by `make bench`; some parts anew by `make bench ARGS="codec start"`. Each figure stands beside a
-*floor*, the least that anybody could do for the same result, measured in turn with ours in the same run.
-Medians, with quartiles in brackets. Where the unit is a time or a size, a ratio of 1 is perfect and less
-is better; where it is a rate, more is better.
+Written by `make bench`; some parts anew by `make bench ARGS="codec start"`. Each figure stands
+beside a *floor*, the least that anybody could do for the same result, measured in turn with ours in
+the same run. Medians, with quartiles in brackets. Where the unit is a time or a size, a ratio of 1
+is perfect and less is better; where it is a rate, more is better.
 """
 
 

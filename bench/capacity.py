@@ -1,7 +1,9 @@
-"""Time to capacity: from the request to mapped bytes, against the bare cost of what must happen for it.
+"""Time to capacity: from the request to mapped bytes, against the bare cost of what must happen for
+it.
 
-The floor makes the same commits (as many writes of the same sizes, each with its fdatasync, counted in
-the daemons' own logs), the same round trips over a socket to another process, and opens and maps a file.
+The floor makes the same commits (as many writes of the same sizes, each with its fdatasync, counted
+in the daemons' own logs), the same round trips over a socket to another process, and opens and maps
+a file.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from bench.work import give_back, offer
 
 AIM = 3.0
 ROUND_TRIPS = 7
-"""Client and orchestrator; 5604h; notification and 0100h at the host; 4802h; notification and 0100h at
-the fabric manager; the orchestrator's word to the agent and the agent's report. Two notifications and
+"""Client and orchestrator; 5604h; notification and 0100h at the host; 4802h; notification and 0100h
+at the fabric manager; the orchestrator's word to the agent and the agent's report. Two
+notifications and
 the last pair go one way each, and count as half."""
 _MESSAGE = bytes(200)
 
@@ -137,7 +140,9 @@ def run(*, quick: bool) -> Report:
         ours = Ours(ready)
         for _ in range(20):
             ours()
-        counted = sorted((ours.commits() for _ in range(11)), key=lambda sizes: (len(sizes), sum(sizes)))
+        counted = sorted(
+            (ours.commits() for _ in range(11)), key=lambda sizes: (len(sizes), sum(sizes))
+        )
         sizes = counted[len(counted) // 2]
         bare = Bare(Path(name), sizes, echo)
         bare()

@@ -52,7 +52,5 @@ def run(*, quick: bool) -> Report:
         compared("extents encoded, one list of 10,000", written, "/s"),
         compared("extents decoded, one by one", singly, "/s"),
     )
-    about = (
-        "Ours are checked, typed values; the floor is a loop over `struct` that leaves tuples of numbers."
-    )
+    about = "Ours are checked, typed values; the floor is a `struct` loop that leaves bare tuples."
     return Report("codec", about, figures)

@@ -1,6 +1,7 @@
 """Read and write bandwidth through `tagmem.open`, against a raw `mmap` of the same file.
 
-Both map the same bytes of shared memory; they are copied by numpy, so it is the memory that is measured.
+Both map the same bytes of shared memory; they are copied by numpy, so it is the memory that is
+measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import tagmem
-from bench.measure import Pair, interleave
+from bench.measure import interleave
 from bench.placement import tag_of
 from bench.report import Figure, Report, compared
 
@@ -37,7 +38,13 @@ def surfaced(size_bytes: int) -> Iterator[Path]:
         media = device / "dax0.1"
         with media.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
-        attributes = {"size": size_bytes, "align": 2 << 20, "uuid": _TAG, "mode": "devdax", "read_only": 0}
+        attributes = {
+            "size": size_bytes,
+            "align": 2 << 20,
+            "uuid": _TAG,
+            "mode": "devdax",
+            "read_only": 0,
+        }
         for attribute, value in attributes.items():
             (device / attribute).write_text(f"{value}\n", "utf-8")
         (run_dir / "by-tag").mkdir()
@@ -93,8 +100,7 @@ def _opening(run_dir: Path, path: Path, size: int, rounds: int) -> Figure:
     def by_tag() -> float:
         begun = time.perf_counter()
         with tagmem.open(_TAG, run_dir=run_dir, timeout=0):
-            taken = time.perf_counter() - begun
-        return taken
+            return time.perf_counter() - begun
 
     def by_path() -> float:
         begun = time.perf_counter()

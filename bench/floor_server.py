@@ -1,8 +1,10 @@
-"""The floor of a durable service: an HTTP server that decides nothing and makes every request durable.
+"""The floor of a durable service: an HTTP server that decides nothing and makes every request
+durable.
 
-`python -m bench.floor_server SOCKET LOG`: each request's bytes are appended to LOG and answered 204 once they
-are on stable storage; requests that come during an fdatasync share the next one. uvloop, one connection's
-bytes at a time, no framework: the least that a Python process can do and still keep its word.
+`python -m bench.floor_server SOCKET LOG`: each request's bytes are appended to LOG and answered 204
+once they are on stable storage; requests that come during an fdatasync share the next one. uvloop,
+one connection's bytes at a time, no framework: the least that a Python process can do and still
+keep its word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Whole lives of a tag per second: create, FM command, accept, DAX device, release, proof, sanitised."""
+"""Whole lives of a tag per second: create, FM command, accept, DAX device, release, proof,
+sanitised.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,12 @@ def run(*, quick: bool) -> Report:
             spread = f"p50 {scaled(p50, 's')}, p99 {scaled(p99, 's')}"
             figures.append(Figure(f"one life, {clients} clients", spread))
     about = (
-        f"One orchestrator, one appliance, {HOSTS} host agents, all on the cores above together with "
-        "the clients. A life is a PUT that is answered when the host has surfaced the DAX device, and "
-        "a DELETE that is answered when every byte has been wiped, read back and is free again. The "
+        f"One orchestrator, one appliance, {HOSTS} host agents, all on the cores above "
+        "together with "
+        "the clients. A life is a PUT that is answered when the host has surfaced the DAX "
+        "device, and "
+        "a DELETE that is answered when every byte has been wiped, read back and is free "
+        "again. The "
         "floor is two durable requests to a server that does nothing else."
     )
     return Report("lifecycles", about, tuple(figures))

@@ -1,7 +1,8 @@
-"""A load generator that leaves the machine to the daemons: one process, one epoll, raw keep-alive sockets.
+"""A load generator that leaves the machine to the daemons: one process, one epoll, raw keep-alive
+sockets.
 
-A client is a generator: it yields the bytes of a request and is sent the answer. What it yields next is
-written at once, so that 64 clients cost one process's small share of one core.
+A client is a generator: it yields the bytes of a request and is sent the answer. What it yields
+next is written at once, so that 64 clients cost one process's small share of one core.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class Load:
 def drive(address: str, clients: int, seconds: float, new_work: NewWork) -> Load:
     """Keep `clients` busy for `seconds`; work under way at the end is finished and not counted.
 
-    Raises Unexpected when an answer is not what the work asks for, TimeoutError when one does not come.
+    Raises Unexpected when an answer is not what the work asks for, TimeoutError when one does not
+    come.
     """
     poll = select.epoll()
     sessions: dict[int, _Session] = {}

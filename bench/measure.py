@@ -1,8 +1,8 @@
 """What every benchmark does alike: take turns with a floor, and say how far the figures spread.
 
 A machine that others use too gives no number twice. A ratio of two things measured in turn is worth
-more: whatever slows the one slows the other. So each figure here is *ours* against a *floor*, which is
-the least that anybody could do for the same result, and both are taken a, b, b, a, a, b, …
+more: whatever slows the one slows the other. So each figure here is *ours* against a *floor*, which
+is the least that anybody could do for the same result, and both are taken a, b, b, a, a, b, …
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def quantile(values: Sequence[float], share: float) -> float:
     Raises ValueError for no values or a share outside 0 to 1.
     """
     if not values or not 0 <= share <= 1:
-        raise ValueError(f"share must be from 0 to 1 of at least one value, got {share} of {len(values)}")
+        raise ValueError(
+            f"share must be from 0 to 1 of at least one value, got {share} of {len(values)}"
+        )
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = int(place)

@@ -1,11 +1,12 @@
-"""Decisions of placement per second, from 1,000 to 1,000,000 extents, and what an extent costs in memory.
+"""Decisions of placement per second, from 1,000 to 1,000,000 extents, and what an extent costs in
+memory.
 
-A decision is the orchestrator's own: a capacity for one of 1,000 hosts, each of which reaches all of 256
-appliances, validated, placed, set aside in the books, with the command to the appliance. Taking it back,
-which keeps the number of extents the same, is not timed. Sizes and free runs are spread over three
-magnitudes, so that a fit that leaves nothing over, which ends the search, is rare. The floor asks the same
-question of the same free runs in the least Python that finds the best fit: one bisect per appliance, one
-insertion and one deletion.
+A decision is the orchestrator's own: a capacity for one of 1,000 hosts, each of which reaches all
+of 256 appliances, validated, placed, set aside in the books, with the command to the appliance.
+Taking it back, which keeps the number of extents the same, is not timed. Sizes and free runs are
+spread over three magnitudes, so that a fit that leaves nothing over, which ends the search, is
+rare. The floor asks the same question of the same free runs in the least Python that finds the best
+fit: one bisect per appliance, one insertion and one deletion.
 """
 
 from __future__ import annotations
@@ -207,7 +208,9 @@ def run(*, quick: bool) -> Report:
         figures.append(compared(f"decisions, {extents:,} extents", pair, "/s"))
         p50, p99 = singles.median, quantile(singles.values, 0.99)
         figures.append(
-            Figure(f"one decision, {extents:,} extents", f"{scaled(p50, 's')}, p99 {scaled(p99, 's')}")
+            Figure(
+                f"one decision, {extents:,} extents", f"{scaled(p50, 's')}, p99 {scaled(p99, 's')}"
+            )
         )
         del ours
     growth = medians[-1] / medians[0]
@@ -223,7 +226,9 @@ def run(*, quick: bool) -> Report:
     figures.append(Figure("memory per extent: placement's books", scaled(books, "B")))
     figures.append(Figure("memory per extent: with its capacity's record", scaled(whole, "B")))
     about = (
-        f"{APPLIANCES} appliances, {HOSTS:,} hosts. Ours validate, place and keep the books; the floor "
-        "finds and takes the best fit in sorted lists of the same free runs, and knows nothing else."
+        f"{APPLIANCES} appliances, {HOSTS:,} hosts. Ours validate, place and keep the books; "
+        "the floor "
+        "finds and takes the best fit in sorted lists of the same free runs, and knows "
+        "nothing else."
     )
     return Report("placement", about, tuple(figures))

@@ -18,7 +18,9 @@ _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of a table. `aim` is what it should be, `met` whether it is; None where there is no aim."""
+    """One line of a table. `aim` is what it should be, `met` whether it is; None where there is no
+    aim.
+    """
 
     name: str
     ours: str
@@ -57,12 +59,12 @@ def spread(sample: Sample, unit: str) -> str:
     """Median, and the quartiles behind it."""
     if len(sample.values) < 3:
         return scaled(sample.median, unit)
-    return f"{scaled(sample.median, unit)} ({scaled(sample.low, unit)} – {scaled(sample.high, unit)})"
+    return (
+        f"{scaled(sample.median, unit)} ({scaled(sample.low, unit)} – {scaled(sample.high, unit)})"
+    )
 
 
-def compared(
-    name: str, pair: Pair, unit: str, aim: str = "", met: bool | None = None
-) -> Figure:
+def compared(name: str, pair: Pair, unit: str, aim: str = "", met: bool | None = None) -> Figure:
     """A line from a pair."""
     ratio = pair.ratio
     text = f"**{_digits(ratio.median)}** ({_digits(ratio.low)} – {_digits(ratio.high)})"
@@ -71,7 +73,13 @@ def compared(
 
 def section(report: Report) -> str:
     """A report as Markdown, without its heading."""
-    lines = ["", report.about, "", "| | ours | floor | ours / floor | aim |", "|---|---|---|---|---|"]
+    lines = [
+        "",
+        report.about,
+        "",
+        "| | ours | floor | ours / floor | aim |",
+        "|---|---|---|---|---|",
+    ]
     for figure in report.figures:
         verdict = {None: "", True: " ✓", False: " ✗"}[figure.met]
         cells = (figure.name, figure.ours, figure.floor, figure.ratio, figure.aim + verdict)

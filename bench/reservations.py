@@ -64,8 +64,10 @@ def run(*, quick: bool) -> Report:
                 )
             )
     about = (
-        "A pair is two requests, each durable when it is answered. The floor is the same two requests "
-        "to a server on the same event loop that appends them to a file with group commit and decides "
+        "A pair is two requests, each durable when it is answered. The floor is the same two "
+        "requests "
+        "to a server on the same event loop that appends them to a file with group commit and"
+        " decides "
         "nothing."
     )
     return Report("reservations", about, tuple(figures))

@@ -87,7 +87,7 @@ class FirstAllocation:
 
 
 def fill(ready: System, count: int) -> None:
-    """Put reservations of one extent each into the orchestrator's store, while it is not running."""
+    """Put reservations of one extent each into the store of an orchestrator that is not running."""
     store = SqliteStore(ready.database("orchestrator"), KINDS, DurableEffect)
     for first in range(0, count, 1_000):
         changes = []
@@ -114,10 +114,9 @@ def fill(ready: System, count: int) -> None:
 @contextmanager
 def _appliance_alone() -> Iterator[System]:
     """A system whose appliance runs; the orchestrator is started by the measure."""
-    with system(1, _SIZE) as ready:
-        with running(ready.command("appliance"), ready.log("appliance")):
-            wait_for("the appliance", lambda: listens(f"unix:{ready.memory}/fm.sock"))
-            yield ready
+    with system(1, _SIZE) as ready, running(ready.command("appliance"), ready.log("appliance")):
+        wait_for("the appliance", lambda: listens(f"unix:{ready.memory}/fm.sock"))
+        yield ready
 
 
 def _within(name: str, pair: Pair, limit: float) -> Figure:
@@ -134,7 +133,9 @@ def _memory() -> list[Figure]:
         floor = resident_bytes(bare.pid)
         bare.communicate()
     return [
-        Figure(f"resident memory: {name}", scaled(size, "B"), scaled(floor, "B"), f"{size / floor:.2f}")
+        Figure(
+            f"resident memory: {name}", scaled(size, "B"), scaled(floor, "B"), f"{size / floor:.2f}"
+        )
         for name, size in sizes.items()
     ]
 
@@ -145,14 +146,20 @@ def run(*, quick: bool) -> Report:
     python()
     figures = [
         compared("`import tagmem`", _import("import tagmem", rounds), "s"),
-        compared("`import tagmem; tagmem.open`", _import("import tagmem; tagmem.open", rounds), "s"),
+        compared(
+            "`import tagmem; tagmem.open`", _import("import tagmem; tagmem.open", rounds), "s"
+        ),
         compared("`tagmem --help`", interleave(_help(), python, rounds), "s"),
     ]
     with _appliance_alone() as ready:
         first = FirstAllocation(ready, fresh=True)
         first()
         figures.append(
-            _within("orchestrator: start to first allocation", interleave(first, python, rounds), FIRST_SECONDS)
+            _within(
+                "orchestrator: start to first allocation",
+                interleave(first, python, rounds),
+                FIRST_SECONDS,
+            )
         )
     for count, limit in ((MANY, MANY_SECONDS), (MOST, MOST_SECONDS)):
         with _appliance_alone() as ready:

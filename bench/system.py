@@ -1,4 +1,6 @@
-"""Real daemons for the benchmarks: started as anybody would start them, state on a real disk, media in memory."""
+"""Real daemons for the benchmarks: started as anybody would start them, state on a real disk, media
+in memory.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ class System:
     def _write(self) -> None:
         memory, disk = self.memory, self.disk
         links = "".join(
-            f"[hosts.{host}]\nlinks = {{ {APPLIANCE} = {ld} }}\n" for ld, host in enumerate(self.hosts)
+            f"[hosts.{host}]\nlinks = {{ {APPLIANCE} = {ld} }}\n"
+            for ld, host in enumerate(self.hosts)
         )
         (disk / "orchestrator.toml").write_text(
             f'state_dir = "{disk}/orchestrator"\nlisten = []\nsocket = "{memory}/api.sock"\n'
@@ -97,7 +100,7 @@ class System:
         (disk / "appliance.toml").write_text(
             f'name = "{APPLIANCE}"\nstate_dir = "{disk}/appliance"\nmedia_dir = "{memory}/media"\n'
             f'fm_socket = "{memory}/fm.sock"\n'
-            f'[[region]]\nsize = {self.size_bytes}\nblock_size = {BLOCK}\n{ports}',
+            f"[[region]]\nsize = {self.size_bytes}\nblock_size = {BLOCK}\n{ports}",
             "utf-8",
         )
         for ld, host in enumerate(self.hosts):

@@ -15,7 +15,7 @@ _FRAME = struct.Struct(">II8s")
 
 
 def commits(database: Path) -> list[int]:
-    """Bytes of each commit that the log of `database` has since it was last begun anew, in order."""
+    """Bytes of each commit in the log of `database` since it was last begun anew, in order."""
     path = database.with_name(database.name + "-wal")
     if not path.exists():
         return []

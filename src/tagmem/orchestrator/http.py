@@ -100,14 +100,6 @@ class Connection(asyncio.Protocol):
         if writable is not None and not writable.done():
             writable.set_result(None)
 
-    def eof_received(self) -> bool:
-        # A client that sends no more may still read: its answers come, and then the end.
-        if self._active is None:
-            return False
-        self._active.keep_alive = False
-        self._active.end_of_input()
-        return True
-
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
