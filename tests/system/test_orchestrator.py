@@ -265,13 +265,12 @@ def test_the_end_is_orderly(orchestrator: Orchestrator) -> None:
         held.request("PUT", f"/v1/capacities/{T1}", body, headers)
         while stream.readline() != b"event: capacity.created\n":
             pass
+        assert isinstance(decode_to_agent(session.recv(SECONDS)), Desired)
         assert orchestrator.kill(signal.SIGTERM) == 0
         # Who waited gets what there is, who listened gets an end, an agent gets a reason.
         answer = held.getresponse()
         assert (answer.status, json.loads(answer.read())["tag"]) == (202, T1)
         stream.read()
-        pushed = decode_to_agent(session.recv(SECONDS))
-        assert isinstance(pushed, Desired)
         with pytest.raises(ConnectionClosed) as closed:
             session.recv(SECONDS)
         assert closed.value.rcvd is not None

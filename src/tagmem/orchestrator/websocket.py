@@ -66,6 +66,8 @@ class WebSocket(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._serving.connections.discard(self)
         self._leave(_NO_STATUS, "")
+        if self._timer is not None:
+            self._timer.cancel()
         self.resume_writing()
 
     def pause_writing(self) -> None:
@@ -140,8 +142,12 @@ class WebSocket(asyncio.Protocol):
             if data:
                 self.transport.write(data)
             else:
+                # Only our half: what the peer is still sending is read and dropped, because a
+                # close over unread bytes would take our close frame back from the wire.
                 self._leave(_NO_STATUS, "")
-                self.transport.close()
+                if not self.transport.is_closing():
+                    self.transport.write_eof()
+                    self._set_timer(CLOSE_SECONDS, self.transport.abort)
 
     # ---- ping, and the end
 
