@@ -231,6 +231,43 @@ def test_a_bad_request_names_its_field_and_changes_nothing(
     assert world.rows == before
 
 
+def test_a_host_that_reaches_no_appliance_gets_nothing(world: World) -> None:
+    """Neither capacity of any appliance, nor of the one that was named."""
+    world.do(ev.RegisterHost("h3", {}))
+    before = dict(world.rows)
+    unreachable = Outcome.HOST_CANNOT_REACH_APPLIANCE
+    for settings, field in (({}, "hosts"), ({"appliance": "a0"}, "hosts")):
+        step = world.create(hosts=("h3",), **settings)
+        assert (step.reply.outcome, step.reply.field) == (unreachable, field)
+        assert world.rows == before
+    world.create(hosts=())
+    step = world.do(ev.AttachCapacity(T, HostId("h3")))
+    assert (step.reply.outcome, step.reply.field) == (unreachable, "host")
+    assert not step.changes
+
+
+def test_more_than_the_pool_of_the_named_appliance(world: World) -> None:
+    """Elsewhere it would fit, so it is this pool that is too small."""
+    world.do(ev.RegisterAppliance("b0", "unix:/b0"))
+    b0 = ApplianceId("b0")
+    region = RegionRecord(0, 0, 64 * MIB, BLOCK)
+    world.do(ev.ApplianceConnected(b0, (region,), (LdRecord(0, (Dpa(0),)),)))
+    world.do(ev.ApplianceSnapshot(b0, (), ()))
+    step = world.create(hosts=(), appliance="b0", size_bytes=128 * MIB)
+    assert (step.reply.outcome, step.reply.field) == (Outcome.SIZE_EXCEEDS_POOL, "size_bytes")
+    assert step.reply.limit == f"at most {64 * MIB}"
+    assert not step.changes
+
+
+def test_what_is_not_held_is_not_released(world: World) -> None:
+    step = world.do(ev.ReleaseCapacity(T))
+    assert step.reply.outcome is Outcome.TAG_IS_UNKNOWN
+    world.attached()
+    step = world.do(ev.ReleaseCapacity(T, H2))
+    assert (step.reply.outcome, step.reply.field) == (Outcome.HOST_DOES_NOT_HOLD_TAG, "host")
+    assert not step.changes
+
+
 def test_a_repeat_is_already_so_and_other_parameters_conflict(world: World) -> None:
     world.create()
     step = world.create()
