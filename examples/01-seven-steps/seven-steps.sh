@@ -37,7 +37,8 @@ done 2>/dev/null
 printf 'set motto 0 0 21\r\nmemory, lent by name.\r\nget motto\r\nquit\r\n' >&3
 tr -d '\r' <&3
 exec 3<&-
-grep -c 'memory, lent by name.' "$(tagmem capacity show "$TAG" -o json | grep -o '/[^"]*/dax[0-9.]*/dax[0-9.]*' | head -1)"
+DAX=$(tagmem capacity show "$TAG" -o json | grep -o '/[^"]*/dax[0-9.]*/dax[0-9.]*' | head -1)
+grep -c 'memory, lent by name.' "$DAX"
 
 say "6, 7. stop it, prove that nobody holds the tag, give it back, wipe it"
 tagmem capacity release "$TAG" -o table
