@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tagmem.ports import DaxSource
@@ -32,8 +33,9 @@ class EmulatedDax:
     """`ports.DaxDevices` in a run directory. One agent per run directory."""
 
     def __init__(self, run: Path) -> None:
-        self._run = run
-        self._by_tag = run / "by-tag"
+        # Text rather than Path: half the time of making a device would go into joining names.
+        self._run = str(run)
+        self._by_tag = f"{run}/by-tag"
         self._names: dict[str, str] = {}
         """Tag to the device's name."""
         self._identities: dict[str, tuple[int, int]] = {}
@@ -43,14 +45,14 @@ class EmulatedDax:
         unlinked them. Those with a name are not kept open, lest we be taken for a holder."""
         self._free: dict[int, list[int]] = {}
         self._next: dict[int, int] = {}
-        self._by_tag.mkdir(parents=True, exist_ok=True)
+        os.makedirs(self._by_tag, exist_ok=True)
         self._find()
 
     def _find(self) -> None:
         """Take up what an earlier agent left: whole devices stay, halves go."""
-        for entry in sorted(self._run.iterdir()):
+        for entry in sorted(Path(self._run).iterdir()):
             if entry.name.startswith((_NEW, _GONE)):
-                self._remove(entry)
+                self._remove(str(entry))
             elif entry.name.startswith("dax") and (entry / "uuid").is_file():
                 tag = (entry / "uuid").read_text().strip()
                 self._names[tag] = entry.name
@@ -61,7 +63,7 @@ class EmulatedDax:
         for region, following in self._next.items():
             names = ((n, f"dax{region}.{n}") for n in range(1, following))
             self._free[region] = [number for number, name in names if name not in taken]
-        for link in self._by_tag.iterdir():
+        for link in Path(self._by_tag).iterdir():
             if link.name not in self._names:
                 link.unlink()
 
@@ -71,25 +73,26 @@ class EmulatedDax:
         if name is None:
             name = self._build(source)
         self._link(source.tag, name)
-        path = self._run / name / name
-        return str(path) if source.path else str(path.parent)
+        folder = f"{self._run}/{name}"
+        return f"{folder}/{name}" if source.path else folder
 
     def _build(self, source: DaxSource) -> str:
         name = self._take_name(source.region)
-        aside = self._run / (_NEW + name)
+        aside = f"{self._run}/{_NEW}{name}"
         try:
-            aside.mkdir()
+            os.mkdir(aside)
             if source.path:
-                _place(source.path, aside / name, read_only=source.read_only)
-                status = os.stat(aside / name)
+                _place(source.path, f"{aside}/{name}", read_only=source.read_only)
+                status = os.stat(f"{aside}/{name}")
                 self._identities[source.tag] = (status.st_dev, status.st_ino)
             for attribute, value in _attributes(source).items():
-                fd = os.open(aside / attribute, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+                path = f"{aside}/{attribute}"
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
                 try:
                     os.write(fd, value.encode() + b"\n")
                 finally:
                     os.close(fd)
-            os.rename(aside, self._run / name)
+            os.rename(aside, f"{self._run}/{name}")
         except OSError:
             self._remove(aside)
             self._give_name(name)
@@ -99,32 +102,34 @@ class EmulatedDax:
 
     def _link(self, tag: str, name: str) -> None:
         target = f"../{name}/{name}"
-        link = self._by_tag / tag
+        link = f"{self._by_tag}/{tag}"
         try:
             if os.readlink(link) == target:
                 return
         except FileNotFoundError:
             pass
-        aside = self._by_tag / (_NEW + tag)
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(target)
+        aside = f"{self._by_tag}/{_NEW}{tag}"
+        with suppress(FileNotFoundError):
+            os.unlink(aside)
+        os.symlink(target, aside)
         os.rename(aside, link)
 
     def withdraw(self, tag: str) -> tuple[str, ...]:
         """Take the device out of sight; see `ports.DaxDevices`."""
         name = self._names.get(tag)
-        (self._by_tag / tag).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(f"{self._by_tag}/{tag}")
         if name is None:
             return ()
-        device = self._run / name
+        device = f"{self._run}/{name}"
         fd = -1
         try:
-            fd = os.open(device / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(f"{device}/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(fd)
             self._identities[tag] = (status.st_dev, status.st_ino)
         except FileNotFoundError:
             pass  # An application has unlinked it, or there is no path: what was seen first counts.
-        aside = self._run / (_GONE + name)
+        aside = f"{self._run}/{_GONE}{name}"
         os.rename(device, aside)
         del self._names[tag]
         left = tuple(sorted(set(os.listdir(aside)) - {name, *ATTRIBUTES}))
@@ -157,14 +162,14 @@ class EmulatedDax:
 
     def found(self) -> Mapping[str, str]:
         """Tag to path."""
-        return {tag: str(self._run / name / name) for tag, name in self._names.items()}
+        return {tag: f"{self._run}/{name}/{name}" for tag, name in self._names.items()}
 
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """Of the tag's bytes."""
         identity = self._identities.get(tag)
         if identity is None and (name := self._names.get(tag)) is not None:
             try:
-                status = os.stat(self._run / name / name)
+                status = os.stat(f"{self._run}/{name}/{name}")
             except FileNotFoundError:
                 return ()
             identity = self._identities[tag] = (status.st_dev, status.st_ino)
@@ -184,8 +189,8 @@ class EmulatedDax:
         region, number = _numbers(name)
         heapq.heappush(self._free.setdefault(region, []), number)
 
-    def _remove(self, directory: Path) -> None:
-        if not directory.exists():
+    def _remove(self, directory: str) -> None:
+        if not os.path.exists(directory):
             return
         for entry in os.scandir(directory):
             if entry.is_dir(follow_symlinks=False):
@@ -219,7 +224,7 @@ def _attributes(source: DaxSource) -> dict[str, str]:
     }
 
 
-def _place(source: str, target: Path, *, read_only: bool) -> None:
+def _place(source: str, target: str, *, read_only: bool) -> None:
     """Give the bytes at `source` another name, which cannot be written through if `read_only`."""
     if read_only:
         _mount_read_only(source, target)
@@ -231,14 +236,14 @@ def _place(source: str, target: Path, *, read_only: bool) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV or source.startswith("/proc/"):
             raise
-        target.symlink_to(source)
+        os.symlink(source, target)
     finally:
         os.close(root)
 
 
-def _mount_read_only(source: str, target: Path) -> None:
+def _mount_read_only(source: str, target: str) -> None:
     """A bind mount: even root gets EROFS. Raises OSError where mounting is not allowed."""
-    target.touch()
+    Path(target).touch()
     for flags in (_MS_BIND, _MS_BIND | _MS_REMOUNT | _MS_RDONLY):
         _libc("mount", source.encode(), os.fsencode(target), None, flags, None)
 
