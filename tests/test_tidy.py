@@ -29,8 +29,6 @@ LONG_MODULES: dict[str, int] = {}
 # Where a program's outermost loop must outlive whatever a task raises: path::function -> why.
 TASK_BOUNDARIES: dict[str, str] = {
     "src/tagmem/engine.py::_answer": "a reader's mistake is its caller's",
-    "src/tagmem/orchestrator/http.py::Exchange.run": "a handler's mistake is one connection's",
-    "src/tagmem/orchestrator/websocket.py::WebSocket._run": "a session's mistake is its own",
     "src/tagmem/orchestrator/watch.py::Waiters.wake": "a held request's mistake is its own answer",
 }
 

@@ -30,7 +30,7 @@ from uuid import uuid4
 
 from tagmem.appliance.holders import holders
 from tagmem.base.errors import Conflict, InvalidInput
-from tagmem.base.units import KIB, MIB, Bytes
+from tagmem.base.units import MIB, Bytes
 from tagmem.ports import Holding, MediaPiece, Wiped
 
 READ_BYTES = 1 * MIB
