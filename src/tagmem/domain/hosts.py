@@ -230,6 +230,9 @@ def launch(turn: Turn, event: LaunchWorkload) -> Reply:
     if isinstance(record, Reply):
         return record
     capacity = turn.state.capacities[record.tag]
+    if not capacity.tagged:
+        detail = "untagged capacity is the host's ordinary memory: it has no device to run on"
+        return refusal(Outcome.NOT_SUPPORTED, record.tag, detail)
     if capacity.leaving or record.state in attachments.LEAVING:
         return refusal(Outcome.TAG_IS_BEING_RELEASED, record.tag, "nothing starts on it any more")
     if record.state is not AttachmentState.ATTACHED:

@@ -651,3 +651,11 @@ def test_a_snapshot_without_news_writes_nothing(world: World) -> None:
     held = (ev.HeldExtent(0, 0, T, add.extents[0]),)
     step = world.do(ev.ApplianceSnapshot(A0, held, (ev.ListedTag(T, (0,), (), False),)))
     assert step == Step()
+
+
+def test_nothing_is_launched_on_untagged_memory(world: World) -> None:
+    world.attached(tagged=False)
+    step = world.do(ev.LaunchWorkload(T, H1, "one", ("true",)))
+    assert step.reply.outcome is Outcome.NOT_SUPPORTED
+    assert "ordinary memory" in step.reply.detail
+    assert not step.changes
