@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -47,8 +49,9 @@ def main(argv: Sequence[str]) -> int:
     missed = 0
     for name in arguments.names or NAMES:
         begun = time.monotonic()
+        load = f"Load average of the machine when this began: {os.getloadavg()[0]:.2f}."
         found: report.Report = import_module(f"bench.{name}").run(quick=arguments.quick)
-        sections[name] = report.section(found)
+        sections[name] = report.section(replace(found, remarks=(*found.remarks, load)))
         missed += sum(figure.met is False for figure in found.figures)
         print(f"## {name}\n{sections[name]}\n({time.monotonic() - begun:.0f} s)\n", flush=True)
         if output:

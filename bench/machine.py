@@ -39,12 +39,10 @@ def sync_times(directory: Path, size_bytes: int, count: int = 100) -> Sample:
 def describe(directory: Path) -> list[str]:
     """Lines about this machine and the disk below `directory`."""
     sync = sync_times(directory, 4096)
-    load = os.getloadavg()[0]
     python = f"{platform.python_implementation()} {platform.python_version()}"
     disk = f"{scaled(sync.median, 's')} (p99 {scaled(sync.at(0.99), 's')})"
     return [
         f"- CPU: {cpu_name()}, {os.cpu_count()} cores; {memory_bytes() / 2**30:.0f} GiB of memory",
         f"- {platform.system()} {platform.release()}; {python}",
         f"- 4 KiB written and fdatasync'ed: {disk} where the daemons keep their state",
-        f"- load average when the run began: {load:.2f}",
     ]
