@@ -184,9 +184,16 @@ def host(config: Path) -> int:
     return 0
 
 
+def _cgroup_name(settings: HostConfig) -> str:
+    """Two hosts of one name on one machine (two systems side by side) must not share one."""
+    import zlib
+
+    state = zlib.crc32(str(Path(settings.state).resolve()).encode())
+    return f"tagmem-{settings.name}-{state:08x}"
+
+
 async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> None:
     import signal
-    import zlib
 
     from tagmem.agent.proof import Prover
     from tagmem.agent.service import HostService
@@ -194,9 +201,7 @@ async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> N
     from tagmem.io import stream
     from tagmem.io.clock import SystemClock
 
-    # Two hosts of one name on one machine (two systems side by side) must not end each other's.
-    state = zlib.crc32(str(Path(settings.state).resolve()).encode())
-    cgroup = find_cgroup(f"tagmem-{settings.name}-{state:08x}") if settings.use_cgroup else None
+    cgroup = find_cgroup(_cgroup_name(settings)) if settings.use_cgroup else None
     workloads = Workloads(Path(settings.state), Path(settings.run), cgroup)
     service = HostService(
         settings, store, SystemClock(), devices, workloads, Prover(), stream.connect
