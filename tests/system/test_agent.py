@@ -216,6 +216,9 @@ def test_what_was_not_announced_is_refused_with_the_reason(agent: Agent, fm: Cli
     agent.orchestrator.hears("expected", T2)
     assert fm.add(0, T1, 2) == 0
     seen = agent.orchestrator.hears("refused", revision=0)
+    refusal = agent.run / "refused" / T1
+    wait_until(refusal.exists, "no sentence for those who wait for the tag")
+    assert refusal.read_text() == f"{seen.reason}\n"
     assert "not announced within 0.3 s" in seen.reason
     assert fm.add(0, T2, 2) == 0
     seen = agent.orchestrator.hears("refused", T2)

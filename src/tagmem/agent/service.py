@@ -28,7 +28,7 @@ from tagmem.agent.session import OrchestratorSession
 from tagmem.agent.workloads import Workloads
 from tagmem.engine import Engine
 from tagmem.ports import Clock, DaxDevices, DaxSource, Effect, Event, MediaPiece, Store
-from tagmem.wire.agentapi import Hello, WorkloadReport
+from tagmem.wire.agentapi import Hello, Observed, WorkloadReport
 from tagmem.wire.cci import ReturnCode, return_code_name
 from tagmem.wire.vendor import MediaLayout
 
@@ -73,6 +73,26 @@ class Worker:
                 await loop.run_in_executor(self._thread, self._work, taken)
 
 
+class Refusals:
+    """`<run>/refused/<uuid>`: why a tag was refused here, for whoever waits for it."""
+
+    def __init__(self, run: Path) -> None:
+        self._directory = run / "refused"
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for old in self._directory.iterdir():
+            old.unlink()
+
+    def tell(self, tag: str, reason: str) -> None:
+        """Leave a sentence; without one, take it away."""
+        path = self._directory / tag
+        if not reason:
+            path.unlink(missing_ok=True)
+            return
+        aside = self._directory / f".{tag}"
+        aside.write_text(reason + "\n", encoding="utf-8")
+        aside.rename(path)
+
+
 class HostService:
     """The agent of one host, built from explicit adapters; `run` until `stop`."""
 
@@ -109,6 +129,8 @@ class HostService:
         self._surfacing: dict[str, r.Surface] = {}
         self._checking: dict[str, r.CheckHolders] = {}
         self._media_kept: dict[str, int] = {}
+        self._refusals = Refusals(Path(config.run))
+        self._refused: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
         # An emulated host's devices are names on a tmpfs; the kernel's may take their time.
@@ -155,6 +177,7 @@ class HostService:
     def _perform(self, effect: Effect) -> None:
         if isinstance(effect, r.Report):
             self.session.push(effect.observed)
+            self._tell_applications(effect.observed)
         elif isinstance(effect, r.Surface):
             self._surface(effect)
         elif isinstance(effect, r.Withdraw):
@@ -174,6 +197,13 @@ class HostService:
             connection = self.connections.get(effect.appliance)
             if connection is not None:
                 connection.perform(effect)
+
+    def _tell_applications(self, observed: Observed) -> None:
+        """Leave why a tag was refused where `tagmem.open` looks, until it is expected again."""
+        tag, refused = observed.tag, observed.phase == "refused"
+        if refused or tag in self._refused:
+            (self._refused.add if refused else self._refused.discard)(tag)
+            self._device_worker.order(_Refusal(0, tag, observed.reason if refused else ""))
 
     def _source_path(self, appliance: str, tag: str) -> str:
         directory = self._directories.get(appliance, "")
@@ -245,6 +275,8 @@ class HostService:
                     close_quietly(self._media_kept.pop(order.surface.tag, -1))
             elif isinstance(order, r.Withdraw):
                 self._withdraw(order)
+            elif isinstance(order, _Refusal):
+                self._refusals.tell(order.tag, order.reason)
             elif isinstance(order, r.GiveUp):
                 self._give_up(order.tag)
             elif isinstance(order, r.ReturnExtents):
@@ -361,6 +393,15 @@ class HostService:
             self._workload_worker.order(_Ended(0, tag, workload_id))
 
         loop.add_reader(pidfd, ended)
+
+
+class _Refusal(Effect, frozen=True):
+    """Tell applications why a tag was refused; without a reason, that it is not any more."""
+
+    durable = False
+
+    tag: str
+    reason: str
 
 
 class _Ended(Effect, frozen=True):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 
-from tagmem.base.errors import Conflict, InvalidInput, NotFound
+from tagmem.base.errors import Conflict, InvalidInput, NotFound, Unsupported
 from tagmem.base.ids import Tag, parse_tag
 
 RUN_DIR = "/run/tagmem"
@@ -28,7 +28,6 @@ _POLL_SECONDS_MAX = 0.02
 _SYSFS_SECONDS = 0.01
 """The kernel's devices are looked through no more often than this while waiting."""
 _REASON_BYTES_MAX = 4096
-_REPLY_BYTES_MAX = 64 * 1024
 _TAGS_NAMED_MAX = 5
 
 
@@ -66,9 +65,7 @@ class Device:
 
     @property
     def has_path(self) -> bool:
-        """Whether `path` can be opened: by-DPA media and read-only tags come as a descriptor
-        instead.
-        """
+        """Whether `path` can be opened: by-DPA media have none."""
         return os.path.exists(self.path)
 
 
@@ -158,7 +155,7 @@ def why_absent(tag: Tag, run_dir: str, timeout: float, sysfs: str = SYSFS) -> st
 
 def descriptor(device: Device, *, writable: bool) -> int:
     """An open file descriptor of the tag's media; the caller closes it. Raises OSError-derived or
-    tagmem errors.
+    tagmem errors; Unsupported where the media are by DPA, for then only a device model maps them.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
     try:
@@ -166,7 +163,10 @@ def descriptor(device: Device, *, writable: bool) -> int:
     except FileNotFoundError:
         if not device.emulated:
             raise
-    return _from_agent(device, writable=writable)
+    raise Unsupported(
+        f"tag {device.tag}: the appliance keeps its media by DPA, for a device model to map; "
+        'for applications it needs `layout = "by-tag"`'
+    )
 
 
 def _in_run_dir(tag: Tag, run_dir: str) -> Device | None:
@@ -263,47 +263,3 @@ def _refusal(tag: Tag, run_dir: str) -> str | None:
     finally:
         os.close(descriptor)
     return text or "no reason given"
-
-
-def _from_agent(device: Device, *, writable: bool) -> int:
-    """Ask the host agent for the descriptor that the appliance passed it: one line of JSON each
-    way.
-    """
-    import json
-    import socket
-
-    # <run>/daxR.N/daxR.N -> <run>/agent.sock
-    path = os.path.join(os.path.dirname(os.path.dirname(device.path)), "agent.sock")
-    request = json.dumps({"open": device.tag, "writable": writable}).encode() + b"\n"
-    received: list[int] = []
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.settimeout(5.0)
-            link.connect(path)
-            link.sendall(request)
-            text = b""
-            while not text.endswith(b"\n") and len(text) < _REPLY_BYTES_MAX:
-                data, descriptors, _, _ = socket.recv_fds(link, 65536, 4)
-                received.extend(descriptors)
-                if not data:
-                    break
-                text += data
-        reply = json.loads(text or b"{}")
-    except (OSError, ValueError) as error:
-        _close_all(received)
-        raise NotFound(
-            f"tag {device.tag}: its bytes come from the host agent, "
-            f"which cannot be asked at {path}: {error}"
-        ) from None
-    if not received or "error" in reply:
-        _close_all(received)
-        why = reply.get("error", "no descriptor came")
-        raise Conflict(f"tag {device.tag}: the host agent gave no descriptor: {why}")
-    _close_all(received[1:])
-    os.set_inheritable(received[0], False)
-    return received[0]
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ def surface(
     content: bytes = b"",
     pieces: Sequence[tuple[int, int]] | None = None,
 ) -> Path:
-    """One tag in a run directory. With `pieces` there is no file: the bytes come from the agent."""
+    """One tag in a run directory. With `pieces` there is no file: the media are by DPA."""
     folder = run_dir / name
     folder.mkdir(parents=True)
     values = {

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ import pytest
 from tests.unit.client.tags import MIB, TAG, kernel_device, surface
 
 import tagmem
-from tagmem.base.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown
+from tagmem.base.errors import Conflict, InvalidInput, OutcomeUnknown, Unsupported
 
 HUGE = 2 * MIB
 
@@ -184,84 +180,9 @@ def test_a_kernel_device_is_mapped_by_its_sysfs_size(tmp_path: Path) -> None:
     assert path.read_bytes()[:2] == b"hi"
 
 
-class FakeAgent:
-    """Answers one request on agent.sock with a line of JSON and, perhaps, a descriptor."""
-
-    def __init__(self, path: Path) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.reply: dict[str, Any] = {}
-        self.media: Path | None = None
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                link, _ = self._listener.accept()
-            except OSError:
-                return
-            with link:
-                request = json.loads(link.recv(4096))
-                self.requests.append(request)
-                text = json.dumps(self.reply).encode() + b"\n"
-                if self.media is None:
-                    link.sendall(text)
-                    continue
-                fd = os.open(self.media, os.O_RDWR if request["writable"] else os.O_RDONLY)
-                socket.send_fds(link, [text], [fd])
-                os.close(fd)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(5)
-
-
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[FakeAgent]:
-    fake = FakeAgent(tmp_path / "agent.sock")
-    yield fake
-    fake.close()
-
-
-def test_pieces_are_mapped_in_sequence_order(tmp_path: Path, agent: FakeAgent) -> None:
-    media = tmp_path / "pool"
-    media.write_bytes(b"".join(bytes([n]) * HUGE for n in range(5)))
-    surface(tmp_path, 3 * HUGE, pieces=[(4 * HUGE, HUGE), (HUGE, HUGE), (2 * HUGE, HUGE)])
-    agent.media = media
-    with tagmem.open(TAG, run_dir=tmp_path) as capacity:
-        assert [capacity.view[n * HUGE] for n in range(3)] == [4, 1, 2]
-        assert capacity.view[2 * HUGE - 1] == 1
-        assert capacity.address % HUGE == 0
-        capacity.view[0] = 99
-        assert not Path(capacity.path).exists()
-    assert media.read_bytes()[4 * HUGE] == 99
-    assert media.read_bytes()[0] == 0
-    assert agent.requests == [{"open": TAG, "writable": True}]
-
-
-def test_pieces_beyond_the_media_are_not_mapped(tmp_path: Path, agent: FakeAgent) -> None:
-    media = tmp_path / "pool"
-    media.write_bytes(b"x" * HUGE)
-    surface(tmp_path, 2 * HUGE, pieces=[(0, HUGE), (HUGE, HUGE)])
-    agent.media = media
-    with pytest.raises(OutcomeUnknown, match="shorter than its size"):
-        tagmem.open(TAG, run_dir=tmp_path)
-
-
-def test_the_agents_refusal_is_told(tmp_path: Path, agent: FakeAgent) -> None:
+def test_media_by_dpa_are_not_for_applications(tmp_path: Path) -> None:
     surface(tmp_path, pieces=[(0, HUGE)])
-    agent.reply = {"error": "the tag is being released"}
-    with pytest.raises(Conflict, match="the tag is being released"):
-        tagmem.open(TAG, run_dir=tmp_path)
-
-
-def test_an_agent_that_is_gone_is_told(tmp_path: Path) -> None:
-    surface(tmp_path, pieces=[(0, HUGE)])
-    with pytest.raises(NotFound, match=r"agent\.sock"):
+    with pytest.raises(Unsupported, match="by-tag"):
         tagmem.open(TAG, run_dir=tmp_path)
 
 
