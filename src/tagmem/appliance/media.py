@@ -75,22 +75,25 @@ class _FileMedia:
             os.close(self._lock)
             self._lock = -1
 
-    # A symbolic link, because hugetlbfs has no files that can be written.
+    # A directory's name, because hugetlbfs has no files that can be written, and no links.
 
     def incarnation(self) -> str:
         """The name given by the last `renew`; empty when there is none."""
-        try:
-            return os.readlink(self.directory / "incarnation")
-        except FileNotFoundError:
-            return ""
+        names = [entry.name for entry in self._marks()]
+        return names[0] if len(names) == 1 else ""
 
     def _begin_incarnation(self) -> str:
-        mark = self.directory / "incarnation"
+        for old in self._marks():
+            old.rmdir()
         name = str(uuid4())
-        with suppress(FileNotFoundError):
-            mark.unlink()
-        mark.symlink_to(name)
+        (self.directory / "incarnation" / name).mkdir(parents=True)
         return name
+
+    def _marks(self) -> list[Path]:
+        try:
+            return list((self.directory / "incarnation").iterdir())
+        except FileNotFoundError:
+            return []
 
     def _open(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
