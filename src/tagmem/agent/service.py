@@ -27,7 +27,7 @@ from tagmem.agent.proof import Prover, Target
 from tagmem.agent.session import OrchestratorSession
 from tagmem.agent.workloads import Workloads
 from tagmem.engine import Engine
-from tagmem.ports import Clock, DaxDevices, DaxSource, Effect, Event, MediaPiece, Store
+from tagmem.ports import Clock, DaxDevices, DaxSource, Effect, Event, Holding, MediaPiece, Store
 from tagmem.wire.agentapi import Hello, WorkloadReport
 from tagmem.wire.cci import ReturnCode, return_code_name
 from tagmem.wire.vendor import MediaLayout
@@ -317,7 +317,8 @@ class HostService:
             close_quietly(order.descriptor)
         for tag, proof in proofs.items():
             ticket = checks[tag][0].ticket
-            self._post(r.HoldersChecked(tag, ticket, proof.holders, proof.complete, proof.reason))
+            holders = tuple(Holding(*holder) for holder in proof.holders)
+            self._post(r.HoldersChecked(tag, ticket, holders, proof.complete, proof.reason))
 
     # ---- in the workload worker's thread
 
