@@ -107,6 +107,8 @@ class VmFacts(Value, frozen=True):
     """Emulated devices with dynamic capacity: host windows that extents can be put in."""
     broker: bool = False
     """A vhost-user back-end of ours runs on this host."""
+    devices: tuple[str, ...] = ()
+    """Ids of the devices that somebody has added; the tags that are presented already are there."""
     guest: GuestFacts | None = None
     """None: no guest agent has answered."""
 
@@ -212,12 +214,12 @@ class MakeHeader(Value, frozen=True):
 
 
 class OpenWindow(Value, frozen=True):
-    """Have the broker serve a window `device`: a private header, then the pieces one after another.
-
-    The QMP steps that follow connect QEMU to it.
+    """Have the broker serve a window `device`: a private header, then the pieces one after another;
+    and connect QEMU's character device `chardev` to it.
     """
 
     device: str
+    chardev: str
     tagged: Tagged
     device_bytes: Bytes
 
@@ -273,6 +275,12 @@ class ProveUnmapped(Value, frozen=True):
     deadline_ns: Nanoseconds
 
 
+class Impossible(Value, frozen=True):
+    """There is no way: the plan stops here with the reason."""
+
+    reason: str
+
+
 class StopVm(Value, frozen=True):
     """The last rung: QEMU is ended, and with it every mapping that it has."""
 
@@ -290,6 +298,7 @@ Step = (
     | AwaitDeleted
     | AwaitSize
     | ProveUnmapped
+    | Impossible
     | StopVm
 )
 
@@ -346,13 +355,24 @@ class Detached(Value, frozen=True):
 # ---- what a presenter is given
 
 
+class GuestAnswer(Value, frozen=True):
+    """What the guest's agent answered; untrusted, bounded by whoever decoded it."""
+
+    ok: bool
+    reason: str = ""
+    holders: tuple[Holder, ...] = ()
+    path: str = ""
+    """What the tag is called in the guest, where the verb is about one."""
+    body: dict[str, Any] = {}
+
+
 class GuestChannel(Protocol):
     """A way to the guest's agent that needs no network."""
 
     async def ask(
         self, verb: str, arguments: Mapping[str, Any], deadline_ns: Nanoseconds
-    ) -> Mapping[str, Any]:
-        """The agent's answer. Raises OutcomeUnknown without one in time, RemoteError if it refuses.
+    ) -> GuestAnswer:
+        """The agent's answer, a refusal too. Raises OutcomeUnknown without one in time.
 
         The deadline is a duration.
         """
@@ -397,8 +417,12 @@ class Machine(Protocol):
         """Which of the files QEMU's process maps or has open."""
         ...
 
+    async def size_of(self, device: str) -> Bytes:
+        """What virtio-mem has plugged of itself."""
+        ...
+
     async def stop(self, deadline_ns: Nanoseconds) -> None:
-        """End QEMU. Returns when its process is gone."""
+        """End QEMU. Returns when its process is gone; raises OutcomeUnknown while it is not."""
 
     @property
     def guest(self) -> GuestChannel | None:
