@@ -7,7 +7,7 @@ Pure: the same functions serve `--as auto`, the explicit choice and the tests.
 from __future__ import annotations
 
 from tagmem.base.limits import DAX_ALIGN_BYTES
-from tagmem.base.units import MIB, SECOND, Bytes, format_size
+from tagmem.base.units import MIB, MILLISECOND, SECOND, Bytes, format_size
 from tagmem.presenter.contract import (
     AskGuest,
     Command,
@@ -22,6 +22,7 @@ from tagmem.presenter.contract import (
     Version,
     VmFacts,
 )
+from tagmem.wire import guest
 
 HEADER_BYTES = DAX_ALIGN_BYTES
 """What a header takes in front of the bytes: the kernel wants the data aligned to 2 MiB."""
@@ -183,17 +184,25 @@ def add_device(driver: str, tag: str, **properties: object) -> Command:
     )
 
 
-def find_in_guest(tag: str, **how: object) -> AskGuest:
+def find_in_guest(tag: str, told: guest.Told | None = None) -> AskGuest:
     """The step that learns what the tag is called in the guest; a guest without an agent has it
     all the same.
     """
-    return AskGuest("attach", {"tag": tag, "deadline_ns": FIND_NS, **how}, FIND_NS, needed=False)
+    request = guest.Attach(0, tag, FIND_NS // MILLISECOND, told)
+    return AskGuest(request, FIND_NS + SECOND, needed=False)
 
 
-def ask_to_let_go(presentation: Presentation, **how: object) -> AskGuest:
-    """The step in which the guest's agent proves that nobody holds the tag there, or says who."""
-    arguments = {"tag": presentation.tagged.tag, "deadline_ns": ASK_NS, **how}
-    return AskGuest("detach", arguments, ASK_NS)
+def let_go(presentation: Presentation, rung: str, *, eject: bool = False) -> AskGuest:
+    """The step in which the guest's agent proves that nobody holds the tag there, or says who.
+
+    `ask` ends what the agent itself has started on the tag, `insist` every process that has it.
+    How much time they get is set when the step is taken.
+    """
+    insist = rung == "insist"
+    request = guest.Detach(
+        0, presentation.tagged.tag, everyone=insist, eject=eject, force=insist and eject
+    )
+    return AskGuest(request, ASK_NS)
 
 
 def never(reason: str) -> Impossible:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from tagmem.base.units import Bytes, Nanoseconds
+from tagmem.wire import guest
 
 Version = tuple[int, int, int]
 
@@ -70,13 +71,8 @@ class GuestFacts(Value, frozen=True):
     """
 
     kernel: str = ""
-    page_bytes: Bytes = 4096
     features: tuple[str, ...] = ()
-    """What the agent can do: `find`, `detach`, `exec`, `eject`, `dcd` and so on."""
-    block_bytes: Bytes = 0
-    """Size of a memory block (`/sys/devices/system/memory/block_size_bytes`); 0: not told."""
-    online_policy: str = ""
-    """`auto_online_blocks` of the guest: what becomes of hot-plugged RAM."""
+    """What the agent can do, in its own words."""
 
 
 class VmFacts(Value, frozen=True):
@@ -247,8 +243,7 @@ class CloseWindow(Value, frozen=True):
 class AskGuest(Value, frozen=True):
     """Ask the guest's agent. `needed`: with a refusal or without an answer the plan stops here."""
 
-    verb: str
-    arguments: dict[str, Any]
+    request: guest.Request
     deadline_ns: Nanoseconds
     needed: bool = True
 
@@ -345,7 +340,7 @@ class Detached(Value, frozen=True):
     done: bool
     """No byte of the tag can be reached through this VM any more; shown by QEMU's own maps."""
     rung: str
-    """What did it, or what was tried last: `ask`, `unplug`, `revoke`, `stop-vm`."""
+    """What did it, or what was tried last: `ask`, `insist`, `unplug`, `revoke`, `stop-vm`."""
     holders: tuple[Holder, ...] = ()
     reason: str = ""
     presentation: Presentation | None = None
@@ -355,23 +350,10 @@ class Detached(Value, frozen=True):
 # ---- what a presenter is given
 
 
-class GuestAnswer(Value, frozen=True):
-    """What the guest's agent answered; untrusted, bounded by whoever decoded it."""
-
-    ok: bool
-    reason: str = ""
-    holders: tuple[Holder, ...] = ()
-    path: str = ""
-    """What the tag is called in the guest, where the verb is about one."""
-    body: dict[str, Any] = {}
-
-
 class GuestChannel(Protocol):
     """A way to the guest's agent that needs no network."""
 
-    async def ask(
-        self, verb: str, arguments: Mapping[str, Any], deadline_ns: Nanoseconds
-    ) -> GuestAnswer:
+    async def ask(self, request: guest.Request, deadline_ns: Nanoseconds) -> guest.Answer:
         """The agent's answer, a refusal too. Raises OutcomeUnknown without one in time.
 
         The deadline is a duration.
@@ -451,7 +433,7 @@ class Presenter(Protocol):
         ...
 
     def unplan(self, presentation: Presentation, rung: str) -> Sequence[Step]:
-        """How `rung` (`ask`, `unplug`, `revoke`, `stop-vm`) takes it back; empty: it has no such
+        """How `rung` (`ask`, `insist`, `unplug`, `revoke`) takes it back; empty: it has no such
         rung. Pure.
         """
         ...

@@ -7,7 +7,7 @@ is refused. Whether it ever comes back is the kernel's affair: one page that can
 
 from __future__ import annotations
 
-from tagmem.base.units import MIB, SECOND, Bytes
+from tagmem.base.units import MIB, SECOND
 from tagmem.presenter import common
 from tagmem.presenter.contract import (
     AwaitDeleted,
@@ -24,15 +24,9 @@ from tagmem.presenter.driver import PROVE_NS, Planned
 
 DRIVER = "pc-dimm"
 BLOCK_BYTES = 128 * MIB
-"""A memory block of an x86 guest that does not say otherwise."""
+"""A memory block of an x86 guest of up to 64 GiB: what it takes on line at once."""
 UNPLUG_NS = 30 * SECOND
 WARNING = "this is RAM to the guest's kernel, which may never give it back: not guaranteed"
-
-
-def block_bytes(vm: VmFacts) -> Bytes:
-    """The unit in which this guest takes memory on line."""
-    told = vm.guest.block_bytes if vm.guest is not None else 0
-    return max(told, BLOCK_BYTES)
 
 
 class Dimm(Planned):
@@ -64,10 +58,9 @@ class Dimm(Planned):
 
     def can(self, request: Request, vm: VmFacts) -> str | None:
         """Why not; None when it can."""
-        block = block_bytes(vm)
         return (
             common.unmet(request, self.description)
-            or common.wrong_size(request, block, block)
+            or common.wrong_size(request, BLOCK_BYTES, BLOCK_BYTES)
             or common.wrong_vm(request, self.description, DRIVER, vm)
             or common.no_room(vm, request.tagged.size_bytes, memory_slot=True)
         )

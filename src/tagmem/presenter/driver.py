@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tagmem.base.errors import Conflict, OutcomeUnknown, TagmemError, Unsupported
-from tagmem.base.units import SECOND, Nanoseconds
+from tagmem.base.units import MILLISECOND, SECOND, Nanoseconds
 from tagmem.presenter.contract import (
     AskGuest,
     AwaitDeleted,
@@ -26,7 +26,6 @@ from tagmem.presenter.contract import (
     Command,
     Description,
     Detached,
-    GuestAnswer,
     Holder,
     Impossible,
     Machine,
@@ -44,6 +43,7 @@ from tagmem.presenter.contract import (
     Windows,
 )
 from tagmem.presenter.header import HEADER_AT, dax_header
+from tagmem.wire import guest
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,15 @@ _RESUMABLE = ("paused", "guest-panicked")
 class Refused(Conflict):
     """The guest does not let go."""
 
-    def __init__(self, answer: GuestAnswer) -> None:
-        self.answer = answer
-        super().__init__(answer.reason or "the guest refused")
+    def __init__(self, answer: guest.Answer) -> None:
+        self.holders: tuple[Holder, ...] = ()
+        reason = "the guest refused"
+        if isinstance(answer, guest.Held):
+            self.holders = tuple(Holder(h.pid, h.name, h.how) for h in answer.holders)
+            reason = _held(answer)
+        elif isinstance(answer, guest.Failed):
+            reason = f"the guest refused ({answer.code}): {answer.reason}"
+        super().__init__(reason)
 
 
 class StillMapped(Conflict):
@@ -80,7 +86,7 @@ def now() -> Nanoseconds:
     return int(asyncio.get_running_loop().time() * SECOND)
 
 
-async def perform(step: Step, vm: Machine) -> GuestAnswer | None:
+async def perform(step: Step, vm: Machine) -> guest.Answer | None:
     """Carry one step out. Raises RemoteError, OutcomeUnknown, Conflict."""
     match step:
         case Command():
@@ -139,20 +145,22 @@ async def _open_window(step: OpenWindow, vm: Machine) -> None:
         raise
 
 
-async def _ask(step: AskGuest, vm: Machine) -> GuestAnswer | None:
+async def _ask(step: AskGuest, vm: Machine) -> guest.Answer | None:
     """Raises Refused, and OutcomeUnknown for silence, where the answer is needed."""
     if vm.guest is None:
         if step.needed:
-            raise OutcomeUnknown("the VM has no guest agent")
+            raise OutcomeUnknown("the VM has no guest agent that could say whether it is in use")
         return None
     try:
-        answer = await vm.guest.ask(step.verb, step.arguments, step.deadline_ns)
+        answer = await vm.guest.ask(step.request, step.deadline_ns)
     except OutcomeUnknown as error:
         if step.needed:
             raise
-        log.info("guest did not answer %s: %s", step.verb, error)
+        log.info("the guest did not answer: %s", error)
         return None
-    if not answer.ok and step.needed:
+    if step.needed and isinstance(answer, guest.Held | guest.Failed):
+        if isinstance(answer, guest.Failed) and answer.code == "absent":
+            return answer  # The guest has no such device: nobody there can have it.
         raise Refused(answer)
     return answer
 
@@ -173,13 +181,13 @@ async def _prove(step: ProveUnmapped, vm: Machine) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def carry_out(steps: Sequence[Step], vm: Machine) -> GuestAnswer | None:
+async def carry_out(steps: Sequence[Step], vm: Machine) -> guest.Answer | None:
     """Carry a plan out, whole or not at all; the guest's last answer.
 
     Raises what the failing step raised, after undoing; its message says what could not be undone.
     """
     done: list[Step] = []
-    answer: GuestAnswer | None = None
+    answer: guest.Answer | None = None
     for step in steps:
         try:
             said = await perform(step, vm)
@@ -251,7 +259,7 @@ class Planned:
             "attached",
             plan.slot,
             plan.device_bytes,
-            answer.path if answer is not None else "",
+            answer.memory.path if isinstance(answer, guest.Attached) else "",
             plan.warning,
         )
 
@@ -288,10 +296,10 @@ class Descent:
         state = (await self._vm.facts()).state
         if state == "gone":
             return Detached(done=True, rung="stop-vm", reason="QEMU has ended")
-        rung = "ask"
-        if await self._ask(state):
+        rung = "insist" if force else "ask"
+        if await self._ask(state, rung):
             rung = "unplug"
-            if await self._rung("unplug"):
+            if await self._rung(rung):
                 return Detached(done=True, rung=rung)
         if force:
             taken = await self._revoke(state)
@@ -303,14 +311,14 @@ class Descent:
                 return Detached(True, rung, self._holders, self._reason)
         return Detached(False, rung, self._holders, self._reason, self._presentation)
 
-    async def _ask(self, state: str) -> bool:
-        """Whether the guest has let go, or has nothing to be asked."""
-        if state != "running" and self._presentation.state != "revoked":
-            self._reason = f"the guest is {state} and cannot answer"
-            return False
+    async def _ask(self, state: str, rung: str) -> bool:
+        """Whether the guest has let go, or there is nothing to ask it."""
         if self._presentation.state == "revoked":
             return True
-        return await self._rung("ask")
+        if state != "running":
+            self._reason = f"the guest is {state} and cannot answer"
+            return False
+        return await self._rung(rung)
 
     async def _rung(self, name: str) -> bool:
         steps = self._presenter.unplan(self._presentation, name)
@@ -318,7 +326,7 @@ class Descent:
             for step in steps:
                 await perform(self._within(step), self._vm)
         except Refused as error:
-            self._holders, self._reason = error.answer.holders, _said(error.answer)
+            self._holders, self._reason = error.holders, str(error)
             return False
         except TagmemError as error:
             self._reason = self._reason or str(error)
@@ -329,11 +337,12 @@ class Descent:
         """The step with no more time than is left; a moment always is."""
         left = max(self._end - now(), SECOND // 10)
         if isinstance(step, AskGuest):
-            arguments = dict(step.arguments)
             deadline = min(step.deadline_ns, left)
-            if "deadline_ns" in arguments:
-                arguments["deadline_ns"] = deadline
-            return AskGuest(step.verb, arguments, deadline, step.needed)
+            request = step.request
+            if isinstance(request, guest.Detach):
+                ms = deadline // MILLISECOND
+                request = request._replace(ask_ms=ms * 6 // 10, stop_ms=ms * 3 // 10)
+            return AskGuest(request, deadline, step.needed)
         if isinstance(step, AwaitDeleted):
             return AwaitDeleted(step.device, min(step.deadline_ns, left))
         if isinstance(step, AwaitSize):
@@ -382,9 +391,9 @@ class Descent:
         return True
 
 
-def _said(answer: GuestAnswer) -> str:
+def _held(answer: guest.Held) -> str:
     if not answer.holders:
-        return answer.reason or "the guest refused and did not say why"
+        return f"the guest cannot tell who holds it: {answer.reason or 'it does not say why'}"
     first = answer.holders[0]
     more = f" and {len(answer.holders) - 1} more" if len(answer.holders) > 1 else ""
     return f"in the guest process {first.pid} ({first.name}){more} holds it"

@@ -23,6 +23,7 @@ from tagmem.presenter.contract import (
     VmFacts,
 )
 from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, Planned
+from tagmem.wire import guest
 
 DRIVER = "ivshmem-plain"
 ACPI_INDEX_FIRST = 101
@@ -86,14 +87,13 @@ class Ivshmem(Planned):
         assert not isinstance(slot, str)
         index = _acpi_index(slot, vm)
         properties: dict[str, object] = {"acpi-index": index, "master": True}
+        told = guest.Told(tagged.tag, "ivshmem", acpi_index=index, size_bytes=tagged.size_bytes)
         steps: tuple[Step, ...] = (
             common.memory_file(tagged.tag, tagged.pieces[0]),
             common.add_device(
                 DRIVER, tagged.tag, memdev=common.memory_id(tagged.tag), bus=slot.bus, **properties
             ),
-            common.find_in_guest(
-                tagged.tag, kind="ivshmem", acpi_index=index, size=tagged.size_bytes
-            ),
+            common.find_in_guest(tagged.tag, told),
         )
         return Plan(
             self.description.name,
@@ -106,8 +106,8 @@ class Ivshmem(Planned):
 
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
         """The guest proves first: it gets no signal when the BAR goes."""
-        if rung == "ask":
-            return (common.ask_to_let_go(presentation),)
+        if rung in ("ask", "insist"):
+            return (common.let_go(presentation, rung),)
         if rung == "unplug":
             return (
                 Command("device_del", {"id": presentation.device}),

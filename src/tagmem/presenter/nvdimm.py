@@ -74,8 +74,8 @@ class Nvdimm(Planned):
 
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
         """The guest can be asked to stop using it; QEMU keeps it."""
-        if rung == "ask":
-            return (common.ask_to_let_go(presentation),)
+        if rung in ("ask", "insist"):
+            return (common.let_go(presentation, rung),)
         if rung == "unplug":
             return (common.never(WARNING),)
         return ()

@@ -96,8 +96,8 @@ class Pmem(Planned):
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
         """The guest proves and ejects; then QEMU lets the memory go."""
         tagged = presentation.tagged
-        if rung == "ask":
-            return (common.ask_to_let_go(presentation, eject=True),)
+        if rung in ("ask", "insist"):
+            return (common.let_go(presentation, rung, eject=True),)
         if rung == "unplug":
             return (
                 AwaitDeleted(presentation.device, UNPLUG_NS),

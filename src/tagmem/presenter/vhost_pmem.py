@@ -104,8 +104,8 @@ class VhostPmem(Planned):
         """All four rungs but the last, which is the same for every presenter."""
         device = presentation.device
         prove = ProveUnmapped(common.file_paths(presentation.tagged), PROVE_NS)
-        if rung == "ask":
-            return (common.ask_to_let_go(presentation),)
+        if rung in ("ask", "insist"):
+            return (common.let_go(presentation, rung),)
         if rung == "revoke":
             return (RevokeWindow(device, REVOKE_NS), prove)
         if rung == "unplug":

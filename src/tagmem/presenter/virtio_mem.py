@@ -21,7 +21,7 @@ from tagmem.presenter.contract import (
     Step,
     VmFacts,
 )
-from tagmem.presenter.dimm import block_bytes
+from tagmem.presenter.dimm import BLOCK_BYTES
 from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, Planned
 
 DRIVER = "virtio-mem-pci"
@@ -43,7 +43,7 @@ class VirtioMem(Planned):
         ram=True,
         tag_in_band=False,
         granularity_bytes=2 * MIB,
-        minimum_bytes=128 * MIB,
+        minimum_bytes=BLOCK_BYTES,
         pieces=False,
         read_only=False,
         header_bytes=0,
@@ -62,7 +62,7 @@ class VirtioMem(Planned):
         """Why not; None when it can."""
         reason = (
             common.unmet(request, self.description)
-            or common.wrong_size(request, 2 * MIB, block_bytes(vm))
+            or common.wrong_size(request, 2 * MIB, BLOCK_BYTES)
             or common.wrong_vm(request, self.description, DRIVER, vm)
             or common.no_room(vm, request.tagged.size_bytes, memory_slot=False)
         )
