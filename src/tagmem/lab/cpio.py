@@ -1,4 +1,4 @@
-"""Writes initramfs archives (cpio, format newc), so that making a guest needs neither root nor cpio.
+"""Writes initramfs archives (cpio, format newc): making a guest needs neither root nor `cpio`.
 
 Owners are root's, device nodes are named and not made, times are one and the same and the order is
 alphabetical: the same tree gives the same archive. Linux reads archives that follow one another as

@@ -61,21 +61,74 @@ CODE_PLACE = "usr/lib/python3/dist-packages"
 """Where Debian's python3 finds modules without being told."""
 
 MODULE_NAMES = frozenset(
-    """nfit virtio_blk virtio_net virtio_mem virtio_balloon virtio_console vsock
-    vmw_vsock_virtio_transport qemu_fw_cfg uio_pci_generic vfio-pci vfio_iommu_type1 ext4 overlay
-    kmem device_dax dax_pmem dax_cxl dax_hmem virtio_pmem nd_pmem nd_e820 nd_btt libnvdimm tun
-    kvm-intel kvm-amd vhost_vsock crc32c-cryptoapi
-    """.split()
+    {
+        "nfit",
+        "virtio_blk",
+        "virtio_net",
+        "virtio_mem",
+        "virtio_balloon",
+        "virtio_console",
+        "vsock",
+        "vmw_vsock_virtio_transport",
+        "qemu_fw_cfg",
+        "uio_pci_generic",
+        "vfio-pci",
+        "vfio_iommu_type1",
+        "ext4",
+        "overlay",
+        "kmem",
+        "device_dax",
+        "dax_pmem",
+        "dax_cxl",
+        "dax_hmem",
+        "virtio_pmem",
+        "nd_pmem",
+        "nd_e820",
+        "nd_btt",
+        "libnvdimm",
+        "tun",
+        "kvm-intel",
+        "kvm-amd",
+        "vhost_vsock",
+        "crc32c-cryptoapi",
+    }
 )
 """Drivers of the image, beside all of `cxl`, `dax` and `nvdimm`; what they depend on comes too."""
 MODULE_FOLDERS = ("drivers/cxl/", "drivers/dax/", "drivers/nvdimm/")
 
 # What a guest does not need of Python's library. hashlib and random do without OpenSSL.
 _STDLIB_UNWANTED = frozenset(
-    """test idlelib ensurepip tkinter turtledemo turtle lib2to3 pydoc_data unittest __phello__
-    curses dbm sqlite3 wsgiref venv _pyrepl xmlrpc sysconfig pydoc doctest LICENSE.txt
-    EXTERNALLY-MANAGED sitecustomize _aix_support _ios_support _apple_support __pycache__
-    lib-dynload ssl""".split()
+    {
+        "test",
+        "idlelib",
+        "ensurepip",
+        "tkinter",
+        "turtledemo",
+        "turtle",
+        "lib2to3",
+        "pydoc_data",
+        "unittest",
+        "__phello__",
+        "curses",
+        "dbm",
+        "sqlite3",
+        "wsgiref",
+        "venv",
+        "_pyrepl",
+        "xmlrpc",
+        "sysconfig",
+        "pydoc",
+        "doctest",
+        "LICENSE.txt",
+        "EXTERNALLY-MANAGED",
+        "sitecustomize",
+        "_aix_support",
+        "_ios_support",
+        "_apple_support",
+        "__pycache__",
+        "lib-dynload",
+        "ssl",
+    }
 )
 _EXTENSION_UNWANTED = re.compile(
     r"_(?:codecs_|test|ctypes_test|tkinter|sqlite3|curses|ssl|hashlib|dbm|gdbm|xx)|readline|xx"
@@ -320,7 +373,7 @@ def _python(root: Path) -> str:
 
 
 def _copy(root: Path, stage: Path, name: str) -> None:
-    """A file under its own name, and what it links to when it is a link within its folder."""
+    """A file under its own name; of a link, what it leads to."""
     source, target = root / name, stage / name
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source.resolve(), target)
@@ -447,8 +500,8 @@ def _code_archive(image: Image, cache: Path, source: Path) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
         _compile(image.packages, stage, CODE_PLACE)
-        with tempfile.NamedTemporaryFile(dir=cache / "images", delete=False) as stream:
-            partial = Path(stream.name)
+        partial = target.with_suffix(f".{os.getpid()}")
+        with partial.open("wb") as stream:
             archive = Archive(stream)
             archive.tree(stage)
             archive.close()

@@ -25,6 +25,16 @@ for word in $(cat /proc/cmdline); do
 done
 read -r up rest </proc/uptime
 echo "tagmem-init: modules after $up s"
+# Names for virtio-serial ports are udev's work elsewhere; a port may come a moment later.
+mkdir -p /dev/virtio-ports
+name_ports() {
+    for port in /sys/class/virtio-ports/*; do
+        read -r name 2>/dev/null <"$port/name" && [ -n "$name" ] || continue
+        ln -sf "../${port##*/}" "/dev/virtio-ports/$name"
+    done
+}
+name_ports
+[ -n "$(ls /dev/virtio-ports)" ] || (for n in 1 2 3 4 5 6 7 8 9; do sleep 0.3; name_ports; done) &
 cd /root
 while [ "$agent" = 1 ]; do
     python3 -m tagmem.guest

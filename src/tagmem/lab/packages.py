@@ -34,7 +34,18 @@ LISTS_AGE_SECONDS_MAX = 12 * 3_600
 """Package lists older than this are fetched again before anything is resolved from them."""
 KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")
 RELEASES = frozenset(
-    "bullseye bookworm trixie forky duke sid unstable testing stable oldstable".split()
+    {
+        "bullseye",
+        "bookworm",
+        "trixie",
+        "forky",
+        "duke",
+        "sid",
+        "unstable",
+        "testing",
+        "stable",
+        "oldstable",
+    }
 )
 UNWANTED = ("./usr/share/doc", "./usr/share/man", "./usr/share/locale", "./usr/share/lintian")
 """What is left out when a package is unpacked."""
@@ -66,7 +77,7 @@ class Package:
 
 
 def run(argv: Sequence[str], *, seconds: float, environment: dict[str, str] | None = None) -> str:
-    """What a program wrote. Raises LabFailed with its last lines when it fails or takes too long."""
+    """What a program wrote. Raises LabFailed, with its last lines, when it fails or is too slow."""
     try:
         done = subprocess.run(
             argv,
@@ -173,7 +184,7 @@ class World:
 
     def download(self, packages: Sequence[Package]) -> list[Path]:
         """The packages' files, checked by apt against the signed lists."""
-        self.archives.mkdir(parents=True, exist_ok=True)
+        (self.archives / "partial").mkdir(parents=True, exist_ok=True)
         wanted = [package for package in packages if not (self.archives / package.file).exists()]
         if wanted:
             size = format_size(sum(package.size_bytes for package in wanted))
@@ -187,8 +198,8 @@ class World:
         return files
 
     def clean(self) -> None:
-        """Remove the downloaded files; what was unpacked from them stays."""
-        shutil.rmtree(self.archives, ignore_errors=True)
+        """Remove the downloaded files and apt's caches; what was unpacked from them stays."""
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
     def _apt(self, program: str, *arguments: str, folder: Path | None = None) -> str:
         environment = {**os.environ, "APT_CONFIG": str(self.folder / "first.conf"), "LC_ALL": "C"}
@@ -232,12 +243,18 @@ def apt_configuration(folder: Path, has_main: bool) -> str:
         "APT::Architecture": "amd64",
         "APT::Install-Recommends": "false",
         "APT::Sandbox::User": "root",  # the folder is ours, not _apt's; means nothing to others
+        "Acquire::GzipIndexes": "true",
         "Acquire::Languages": "none",
         "Acquire::Retries": "3",
         "Debug::NoLocking": "1",
     }
     hooks = ("APT::Update::Pre-Invoke", "APT::Update::Post-Invoke", "DPkg::Pre-Install-Pkgs")
-    cleared = (*hooks, "APT::Update::Post-Invoke-Success", "DPkg::Post-Invoke", "APT::Architectures")
+    cleared = (
+        *hooks,
+        "APT::Update::Post-Invoke-Success",
+        "DPkg::Post-Invoke",
+        "APT::Architectures",
+    )
     lines = ['#include "/etc/apt/apt.conf";'] if has_main else []
     lines += [f"#clear {name};" for name in cleared]
     lines += [f'{name} "{value}";' for name, value in settings.items()]
@@ -254,9 +271,7 @@ def parse_uris(printed: str) -> list[Package]:
         parts = found["file"].removesuffix(".deb").split("_")
         if len(parts) < 3:
             raise LabFailed(f"apt named a file that is no package: {line[:200]}")
-        packages.append(
-            Package(parts[0], unquote(parts[1]), found["file"], int(found["size"]))
-        )
+        packages.append(Package(parts[0], unquote(parts[1]), found["file"], int(found["size"])))
     if not packages:
         raise LabFailed("apt found nothing to download")
     return packages
@@ -281,9 +296,7 @@ def unpack(files: Iterable[Path], root: Path, only: Sequence[str] = ()) -> None:
             ["dpkg-deb", "--fsys-tarfile", str(file)], stdout=subprocess.PIPE
         ) as source:
             try:
-                done = subprocess.run(
-                    tar, stdin=source.stdout, capture_output=True, check=False
-                )
+                done = subprocess.run(tar, stdin=source.stdout, capture_output=True, check=False)
             finally:
                 if source.stdout is not None:
                     source.stdout.close()

@@ -144,9 +144,7 @@ def _check_name(name: str) -> None:
         raise InvalidInput("qemu", f"one of {', '.join(NAMES)}", name)
 
 
-def _choose(
-    name: str, cache: Path, report: Report, *, refresh: bool
-) -> tuple[World, Choice, str]:
+def _choose(name: str, cache: Path, report: Report, *, refresh: bool) -> tuple[World, Choice, str]:
     seen = []
     for choice in CHOICES[name]:
         world = World(choice.release, cache / "apt", report)
@@ -163,9 +161,7 @@ def _choose(
     raise LabFailed(f"no QEMU {name} within reach of this machine's apt: {'; '.join(seen)}")
 
 
-def _bring(
-    name: str, cache: Path, report: Report, packages: list[Package], world: World
-) -> Qemu:
+def _bring(name: str, cache: Path, report: Report, packages: list[Package], world: World) -> Qemu:
     version = next(package.version for package in packages if package.name == PACKAGE)
     folder, partial = cache / f"qemu-{name}", cache / f"qemu-{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
