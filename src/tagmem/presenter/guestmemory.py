@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from tagmem.presenter.procfs import Identity, identity_of
 from tagmem.wire.vhost_user import MemoryRegion
@@ -29,7 +29,7 @@ FILES_MAX = 16
 class GuestMemory:
     """Regions and the files behind them; a `vring.Memory`."""
 
-    def __init__(self, own: Collection[Identity]) -> None:
+    def __init__(self, own: Callable[[], Collection[Identity]]) -> None:
         self._own = own
         self._regions: dict[int, tuple[MemoryRegion, Identity | None]] = {}
         self._files: dict[Identity, int] = {}
@@ -56,7 +56,7 @@ class GuestMemory:
         kept = False
         try:
             identity = identity_of(descriptor)
-            if identity in self._own:
+            if identity in self._own():
                 return None
             # Answered by memory files only.
             fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)

@@ -77,7 +77,13 @@ class Unmap(msgspec.Struct, frozen=True):
     part: Part
 
 
-Operation = Map | Unmap
+class Probe(msgspec.Struct, frozen=True):
+    """Ask for the probe to be taken out, to learn whether the window is still there."""
+
+    part: Part
+
+
+Operation = Map | Unmap | Probe
 
 
 def bar_bytes(device_bytes: Bytes) -> Bytes:
@@ -164,7 +170,7 @@ class Window:
         if self.failed:
             return None
         if not self.certain:
-            return Unmap(self._probe)
+            return Probe(self._probe)
         wanted = {part.at: part for part in self._wanted()}
         for at in sorted(self._mapped):
             part = self._mapped[at]
@@ -191,7 +197,7 @@ class Window:
             else:
                 self.failed = f"the hypervisor refused to map {part.source.value} at {part.at:#x}"
             return
-        if not self.certain:
+        if isinstance(operation, Probe):
             self.certain = True
             if not succeeded:
                 self._mapped.clear()
@@ -200,7 +206,7 @@ class Window:
 
     def doubt(self) -> None:
         """The device was stopped: its mappings may be gone, or not."""
-        self.certain = not self._mapped
+        self.certain = self.certain and not self._mapped
 
     def dropped(self) -> None:
         """The hypervisor has none of it mapped."""
