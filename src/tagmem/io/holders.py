@@ -226,7 +226,7 @@ class _Look:
         self._wanted = frozenset(wanted)
         self._inodes = {str(inode).encode() for device, inode in wanted if device != DEVICE}
         self._devices = any(device == DEVICE for device, _ in wanted)
-        self._unread: list[int] = []
+        self._unread: set[int] = set()
         self.found: list[tuple[int, str, str, Identity, str]] = []
         self.complete = True
         self.reason = ""
@@ -270,7 +270,7 @@ class _Look:
         except (FileNotFoundError, ProcessLookupError):
             pass
         except PermissionError:
-            self._unread.append(pid)
+            self._unread.add(pid)
         return mapped
 
     def _maps(self, pid: int, directory: str) -> bool:

@@ -1,5 +1,5 @@
-"""What host and guest agent say to each other over a virtio-serial port or vsock: frames, messages,
-and the host's bookkeeping of them.
+"""What host and guest agent say to each other over a virtio-serial port or vsock: frames and
+messages. The host's bookkeeping of them is in `guest_session`, which the guest does not need.
 
 Standard library only, and little of it: the guest's half runs on a bare python3 in an initramfs.
 
@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import binascii
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from tagmem.base.errors import Conflict, InvalidInput
+from tagmem.base.errors import InvalidInput
 from tagmem.base.ids import parse_tag
 
 VERSION = 1
@@ -41,7 +41,6 @@ MEMORIES_MAX = 64
 HOLDERS_MAX = 64
 ARGUMENTS_MAX = 256
 COMMAND_BYTES_MAX = 32 * 1024
-OUTSTANDING_MAX = 256
 MILLISECONDS_MAX = 3_600_000
 _ID_MAX = (1 << 53) - 1
 _U64_MAX = (1 << 64) - 1
@@ -200,8 +199,9 @@ class Detach(NamedTuple):
     """Give a tag back: Released, or Held by whom.
 
     Its holders are asked (SIGTERM) and after `ask_ms` stopped (SIGKILL); `stop_ms` later the answer
-    is due. With `everyone` all holders are, else those that were started by Exec. `eject` takes its
-    PCI function out of the slot (or unbinds its driver) afterwards, with `force` in any case.
+    is due. A rung of 0 ms is left out: 0 and 0 only look. With `everyone` all holders are, else
+    those that were started by Exec. `eject` takes its PCI function out of the slot (or unbinds its
+    driver) once nobody has it, `force` even before; a BAR's mappings outlive that, and stay Held.
     """
 
     id: int
@@ -297,15 +297,17 @@ class Attached(NamedTuple):
 
 
 class Released(NamedTuple):
-    """Answers Detach: no process in the guest has the tag; a complete look proved it.
+    """Answers Detach: no process in the guest can reach the tag; a complete look proved it.
 
-    `present`: its device is still there. `stopped` were sent SIGKILL.
+    `present`: its device is still there. `stopped` were sent SIGKILL. `revoked` still map a DAX
+    device that was ejected by force, and get SIGBUS from it.
     """
 
     id: int
     tag: str
     present: bool
     stopped: tuple[Holder, ...] = ()
+    revoked: tuple[Holder, ...] = ()
 
 
 class Held(NamedTuple):
@@ -595,7 +597,13 @@ _SHAPES |= {
     },
     Found: {"id": _ID, "memory": _many(_record(Memory), MEMORIES_MAX)},
     Attached: {"id": _ANY_ID, "memory": _record(Memory)},
-    Released: {"id": _ID, "tag": _tag, "present": _bool, "stopped": _HOLDERS},
+    Released: {
+        "id": _ID,
+        "tag": _tag,
+        "present": _bool,
+        "stopped": _HOLDERS,
+        "revoked": _HOLDERS,
+    },
     Held: {
         "id": _ID,
         "tag": _tag_or_none,
@@ -682,124 +690,3 @@ def decode(payload: bytes, kinds: Mapping[str, type[Any]]) -> Any:
         return _built(kinds[name], document)
     except InvalidInput as error:
         return Malformed(known_id, str(error)[:512])
-
-
-# ---- the host's side
-
-
-class Lost(NamedTuple):
-    """A request whose answer cannot come any more: whether it took effect is not known."""
-
-    id: int
-    request: Request
-    reason: str
-
-
-class Late(NamedTuple):
-    """An answer to nothing that is outstanding: given up, or of another session."""
-
-    id: int
-    answer: Answer
-
-
-_ENDS: dict[type[Any], tuple[type[Any], ...]] = {
-    Greet: (Hello,),
-    Find: (Found,),
-    Attach: (Attached,),
-    Detach: (Released, Held),
-    Exec: (Exited,),
-    Signal: (Done,),
-    Eject: (Done,),
-    Reset: (Done, Held),
-    Shutdown: (Done, Held),
-}
-_MEANWHILE: dict[type[Any], tuple[type[Any], ...]] = {Exec: (Started, Output)}
-
-
-class HostSession:
-    """The host's end, without I/O: requests out, answers in, told apart by id.
-
-    `first_id` should differ from session to session (a clock, a random number), so that an answer
-    to the session before is known as late.
-    """
-
-    def __init__(self, first_id: int = 1) -> None:
-        self._frames = Frames()
-        self._next = first_id
-        self.outstanding: dict[int, Request] = {}
-        self.hello: Hello | None = None
-        self.violations = 0
-        """Messages that a guest agent would not send."""
-
-    @property
-    def dropped_bytes(self) -> int:
-        """Of the stream, because they were no frames."""
-        return self._frames.dropped_bytes
-
-    def request(self, request: Request) -> tuple[int, bytes]:
-        """The id that a request gets (in place of the one it has), and the bytes to send.
-
-        Raises Conflict when too many are outstanding, InvalidInput for a bad field.
-        """
-        if len(self.outstanding) >= OUTSTANDING_MAX:
-            raise Conflict(f"{OUTSTANDING_MAX} requests to this guest wait for their answers")
-        number, self._next = self._next, self._next + 1
-        numbered: Request = request._replace(id=number)
-        data = encode(numbered)
-        self.outstanding[number] = numbered
-        return number, data
-
-    def give_up(self, number: int) -> None:
-        """Wait no longer for an answer; should it come it is Late."""
-        self.outstanding.pop(number, None)
-
-    def feed(self, data: bytes) -> Iterator[Answer | Lost | Late | Malformed]:
-        """What came. Unsolicited messages have id 0."""
-        for payload in self._frames.feed(data):
-            answer = decode(payload, ANSWERS)
-            if isinstance(answer, Unknown | Malformed):
-                self.violations += 1
-                yield Malformed(answer.id, str(answer))
-            else:
-                yield from self._answer(answer)
-
-    def disconnected(self, reason: str) -> Iterator[Lost]:
-        """The stream ended: what was outstanding is not known. The session may be used again."""
-        self._frames.clear()
-        self.hello = None
-        yield from self._lose(reason)
-
-    def _lose(self, reason: str) -> Iterator[Lost]:
-        lost, self.outstanding = self.outstanding, {}
-        for number, request in lost.items():
-            yield Lost(number, request, reason)
-
-    def _answer(self, answer: Answer) -> Iterator[Answer | Lost | Late | Malformed]:
-        request = self.outstanding.get(answer.id)
-        if isinstance(answer, Hello):
-            yield from self._greeted(answer)
-        elif answer.id == 0:
-            yield answer
-            return
-        if request is None:
-            yield answer if answer.id == 0 else Late(answer.id, answer)
-            return
-        kind = type(request)
-        if isinstance(answer, (Failed, *_ENDS[kind])):
-            self.outstanding.pop(answer.id, None)
-        elif not isinstance(answer, _MEANWHILE.get(kind, ())):
-            self.violations += 1
-            yield Malformed(answer.id, f"{type(answer).__name__} does not answer {kind.__name__}")
-            return
-        yield answer
-
-    def _greeted(self, hello: Hello) -> Iterator[Lost]:
-        """Another boot or another agent knows nothing of what was asked before."""
-        before, self.hello = self.hello, hello
-        if before is None or (before.boot_id, before.instance) == (hello.boot_id, hello.instance):
-            return
-        answered = self.outstanding.pop(hello.id, None)
-        what = "rebooted" if before.boot_id != hello.boot_id else "restarted its agent"
-        yield from self._lose(f"the guest {what}")
-        if answered is not None:
-            self.outstanding[hello.id] = answered
