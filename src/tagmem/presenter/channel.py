@@ -17,6 +17,7 @@ from tagmem.base.errors import OutcomeUnknown
 from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.presenter.contract import GuestFacts
 from tagmem.wire import guest
+from tagmem.wire.guest_session import HostSession, Late, Lost
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,9 @@ class Channel:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._session = guest.HostSession(first_id=time.monotonic_ns() & 0xFFFFFFFF | 1)
+        self._session = HostSession(first_id=time.monotonic_ns() & 0xFFFFFFFF | 1)
         self._writer: asyncio.StreamWriter | None = None
-        self._answers: dict[int, asyncio.Queue[guest.Answer | guest.Lost]] = {}
+        self._answers: dict[int, asyncio.Queue[guest.Answer | Lost]] = {}
         self._task: asyncio.Task[None] | None = None
         self._greeted = asyncio.Event()
         self.told: list[guest.Answer] = []
@@ -100,7 +101,7 @@ class Channel:
                 self._writer.write(data)
                 while True:
                     answer = await queue.get()
-                    if isinstance(answer, guest.Lost):
+                    if isinstance(answer, Lost):
                         raise OutcomeUnknown(f"the guest's agent did not answer: {answer.reason}")
                     if isinstance(answer, guest.Started | guest.Output):
                         meanwhile(answer)
@@ -149,14 +150,14 @@ class Channel:
             await asyncio.sleep(1.0)
             self._session.give_up(number)
 
-    def _deliver(self, item: guest.Answer | guest.Lost | guest.Late | guest.Malformed) -> None:
+    def _deliver(self, item: guest.Answer | Lost | Late | guest.Malformed) -> None:
         if isinstance(item, guest.Hello):
             self._greeted.set()
-        if isinstance(item, guest.Late | guest.Malformed):
+        if isinstance(item, Late | guest.Malformed):
             log.info("guest at %s: %s", self._path, item)
             return
         queue = self._answers.get(item.id)
         if queue is not None:
             queue.put_nowait(item)
-        elif item.id == 0 and not isinstance(item, guest.Lost):
+        elif item.id == 0 and not isinstance(item, Lost):
             self.told = [*self.told[-TOLD_MAX + 1 :], item]

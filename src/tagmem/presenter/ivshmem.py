@@ -86,7 +86,7 @@ class Ivshmem(Planned):
         slot = _slot(request, vm)
         assert not isinstance(slot, str)
         index = _acpi_index(slot, vm)
-        properties: dict[str, object] = {"acpi-index": index, "master": True}
+        properties: dict[str, object] = {"acpi-index": index, "master": "on"}
         told = guest.Told(tagged.tag, "ivshmem", acpi_index=index, size_bytes=tagged.size_bytes)
         steps: tuple[Step, ...] = (
             common.memory_file(tagged.tag, tagged.pieces[0]),

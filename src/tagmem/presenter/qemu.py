@@ -77,15 +77,20 @@ class Vm:
         vm = cls(spec.name, f"{spec.directory}/qmp", windows)
         vm.log_path = f"{spec.directory}/qemu.log"
         vm._child = child = _spawn(spec, vm.log_path)
+        started = False
         try:
             await vm._connect(START_SECONDS, child.pid)
         except (OutcomeUnknown, NotFound) as error:
             code = child.poll()
-            child.kill()
-            child.wait()
             raise Conflict(f"VM {spec.name}: {vm._last_words() or error} (exit {code})") from error
-        vm._open_channel(f"{spec.directory}/agent")
-        return vm
+        else:
+            vm._open_channel(f"{spec.directory}/agent")
+            started = True
+            return vm
+        finally:
+            if not started:
+                child.kill()
+                child.wait()
 
     @classmethod
     async def adopt(

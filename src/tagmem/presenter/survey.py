@@ -148,7 +148,7 @@ async def _ram_shared(execute: Execute) -> bool:
 
 
 async def _slots(execute: Execute, devices: Sequence[tuple[str, str]]) -> tuple[Slot, ...]:
-    ports = [name for name, kind in devices if kind == "pcie-root-port"][:PORTS_MAX]
+    ports = sorted(name for name, kind in devices if kind == "pcie-root-port")[:PORTS_MAX]
     found = []
     for port in ports:
         path = f"{PERIPHERAL}/{port}"
