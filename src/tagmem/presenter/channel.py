@@ -37,6 +37,7 @@ class Channel:
         self._answers: dict[int, asyncio.Queue[guest.Answer | Lost]] = {}
         self._task: asyncio.Task[None] | None = None
         self._greeted = asyncio.Event()
+        self._news = asyncio.Event()
         self.told: list[guest.Answer] = []
         """What the guest said unasked: memory that came, memory that vanished, its leaving."""
 
@@ -73,6 +74,11 @@ class Channel:
         if hello is None:
             raise OutcomeUnknown("the guest's agent has gone again")
         return hello
+
+    async def heard(self) -> None:
+        """Return when the guest has said something more."""
+        self._news.clear()
+        await self._news.wait()
 
     async def ask(self, request: guest.Request, deadline_ns: Nanoseconds) -> guest.Answer:
         """See `contract.GuestChannel`."""
@@ -137,6 +143,7 @@ class Channel:
             while data := await reader.read(READ_BYTES):
                 for item in self._session.feed(data):
                     self._deliver(item)
+                self._news.set()
         except OSError as error:
             log.info("%s: %s", self._path, error)
         finally:

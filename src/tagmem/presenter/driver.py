@@ -10,6 +10,7 @@ deadline, and nothing counts as done before QEMU's own process is seen without t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -362,6 +363,9 @@ class Descent:
         resumed = state in _RESUMABLE
         try:
             if resumed:
+                # Said before it runs, the bytes go in the moment in which the device starts.
+                with contextlib.suppress(OutcomeUnknown):
+                    await perform(steps[0], self._vm)
                 await self._vm.execute("cont", {})
             try:
                 for step in steps:

@@ -8,6 +8,7 @@ private memory of the broker: the tag's own bytes carry nothing of it. QEMU refu
 
 from __future__ import annotations
 
+from tagmem.base.limits import WINDOW_PIECES_MAX
 from tagmem.base.units import MIB, SECOND
 from tagmem.presenter import common
 from tagmem.presenter.contract import (
@@ -72,6 +73,8 @@ class VhostPmem(Planned):
         )
         if reason is not None:
             return reason
+        if len(request.tagged.pieces) > WINDOW_PIECES_MAX:
+            return f"pieces: at most {WINDOW_PIECES_MAX}, got {len(request.tagged.pieces)}"
         if not vm.broker:
             return "no broker runs on this host"
         if not vm.ram_shared:
