@@ -17,6 +17,7 @@ from tagmem.cli.base import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, Command, Group
 from tagmem.cli.capacity import capacity
 from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
+from tagmem.cli.lab import lab
 from tagmem.cli.watch import events, explain
 from tagmem.cli.workload import EXIT_INTERRUPTED, run, stop
 
@@ -72,6 +73,7 @@ for command in (
     host,
     appliance,
     orchestrator,
+    lab,
     completion,
 ):
     cli.add_command(command)

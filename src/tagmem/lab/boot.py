@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -50,6 +51,16 @@ _TAIL_BYTES = 1_500
 _EVENTS_MAX = 4_096
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a guest is booted from, on this machine."""
+
+    qemu: Qemu
+    accel: Accel
+    kernel: Path
+    initrd: Path
+
+
 class Lab:
     """What guests are made from, brought here once: both QEMUs as they are asked for, and an image.
 
@@ -68,6 +79,17 @@ class Lab:
     def image(self) -> Image:
         """The guest image; made if it is missing. Blocks while that lasts."""
         return images.get(self.cache, self.report)
+
+    async def material(self, spec: GuestSpec, folder: Path) -> Material:
+        """What a guest of this kind is booted from; `initrd` is written into the folder.
+
+        For whoever starts QEMU in a way of his own: `kernel_line(spec)` is what the kernel is told.
+        """
+        qemu = await asyncio.to_thread(self.qemu, spec.qemu)
+        image = await asyncio.to_thread(self.image)
+        accel = spec.accel or await self.accel(qemu)
+        initrd = await asyncio.to_thread(images.initrd, image, folder, self.cache, files=spec.files)
+        return Material(qemu, accel, image.kernel, initrd)
 
     async def accel(self, qemu: Qemu) -> Accel:
         """`kvm` where a guest has booted under it on this machine, else `tcg`; asked once."""
@@ -138,6 +160,7 @@ class Guest:
         self._news = asyncio.Event()
         self._channel: Channel | None = None
         self._started = 0.0
+        self._seen = 0
 
     # ---- life
 
@@ -145,13 +168,10 @@ class Guest:
         """Start QEMU and speak QMP with it. Raises LabFailed or GuestDied."""
         if self._process is not None:
             raise Conflict(f"guest {self.spec.name} was started already")
-        qemu = self.qemu = await asyncio.to_thread(self.lab.qemu, self.spec.qemu)
-        image = await asyncio.to_thread(self.lab.image)
-        self.accel = self.spec.accel or await self.lab.accel(qemu)
-        initrd = await asyncio.to_thread(
-            images.initrd, image, self.places.folder, self.lab.cache, files=self.spec.files
-        )
-        line = command_line(self.spec, qemu, self.accel, image.kernel, initrd, self.places)
+        made = await self.lab.material(self.spec, self.places.folder)
+        qemu, initrd = made.qemu, made.initrd
+        self.accel, self.qemu = made.accel, qemu
+        line = command_line(self.spec, qemu, made.accel, made.kernel, initrd, self.places)
         self.places.command.write_text(shlex.join(line) + "\n")
         self._started = time.monotonic()
         with self.places.errors.open("wb") as errors:
@@ -165,9 +185,12 @@ class Guest:
         initrd.unlink(missing_ok=True)  # QEMU has it mapped, for reboots too
 
     async def ready(self, seconds: float = READY_SECONDS) -> None:
-        """Wait for the guest agent. Raises GuestDied when it does not come."""
-        await self.see(READY, seconds)
-        self.boot_seconds = time.monotonic() - self._started
+        """Wait for the guest agent to begin; called again, to begin anew (after a reboot).
+
+        Raises GuestDied when it does not.
+        """
+        self._seen = await self.see(READY, seconds, after=self._seen)
+        self.boot_seconds = self.boot_seconds or time.monotonic() - self._started
 
     async def stop(self) -> None:
         """End the guest as a pulled plug would, and QEMU with it."""

@@ -47,6 +47,8 @@ class Channel:
         self._answers: dict[int, asyncio.Queue[wire.Answer | Lost]] = {}
         self.told: list[wire.Answer] = []
         """What the guest said unasked."""
+        self._ended = ""
+        """Why nothing can be asked any more; empty while something can."""
         self._task = asyncio.ensure_future(self._read())
 
     @classmethod
@@ -69,6 +71,8 @@ class Channel:
     async def greet(self, seconds: float = REQUEST_SECONDS) -> wire.Hello:
         """Who answers. Raises GuestDied when nobody does."""
         answer = await self.ask(wire.Greet(0), seconds)
+        if isinstance(answer, Lost) and self._session.hello is not None:
+            return self._session.hello  # a guest that came up meanwhile has said who it is
         if not isinstance(answer, wire.Hello):
             raise GuestDied(f"the guest agent answered a greeting with {answer!r:.200}")
         return answer
@@ -122,6 +126,8 @@ class Channel:
         return ran.text
 
     async def _send(self, request: wire.Request) -> tuple[int, asyncio.Queue[wire.Answer | Lost]]:
+        if self._ended:
+            raise GuestDied(f"the agent channel ended: {self._ended}")
         number, data = self._session.request(request)
         queue: asyncio.Queue[wire.Answer | Lost] = asyncio.Queue()
         self._answers[number] = queue
@@ -157,6 +163,7 @@ class Channel:
                     self._deliver(message)
         except OSError as error:
             reason = str(error)
+        self._ended = reason
         for lost in self._session.disconnected(reason):
             self._deliver(lost)
 

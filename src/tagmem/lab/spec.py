@@ -164,8 +164,8 @@ def command_line(
     if spec.memory_slots:
         memory += f",slots={spec.memory_slots},maxmem={spec.memory_bytes_max // MIB}M"
     line = [*qemu.argv, "-name", spec.name, "-nodefaults", "-display", "none", "-no-user-config"]
-    line += ["-object", ram, "-machine", ",".join(machine), "-accel", _ACCEL[accel]]
-    line += ["-cpu", f"{spec.cpu},{_WIDTH[accel]}", "-smp", str(spec.cpus), "-m", memory]
+    line += ["-object", ram, "-machine", ",".join(machine), "-accel", ACCEL[accel]]
+    line += ["-cpu", f"{spec.cpu},{WIDTH[accel]}", "-smp", str(spec.cpus), "-m", memory]
     if spec.numa:
         line += ["-numa", f"node,nodeid=0,cpus=0-{spec.cpus - 1},memdev={RAM}"]
     for value in spec.objects:
@@ -193,8 +193,11 @@ def command_line(
 
 
 QMP_TRACE = ("handle_qmp_command", "monitor_qmp_respond", "monitor_protocol_event_emit")
-_ACCEL: dict[Accel, str] = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
-_WIDTH: dict[Accel, str] = {"kvm": "host-phys-bits=on", "tcg": "phys-bits=46"}
+ACCEL: dict[Accel, str] = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
+"""The values of `-accel`."""
+WIDTH: dict[Accel, str] = {"kvm": "host-phys-bits=on", "tcg": "phys-bits=46"}
+"""The feature of `-cpu` that says how wide addresses are. Under KVM they cannot be wider than the
+machine's own."""
 
 
 def kernel_line(spec: GuestSpec) -> str:

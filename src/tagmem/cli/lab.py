@@ -1,0 +1,162 @@
+"""`tagmem lab`: guests from Debian packages, for the tests, the comparison, and people who want to
+look inside one. Everything is unpacked into a cache folder; nothing is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tagmem.cli.base import Group, Size
+from tagmem.cli.render import Column, show_json, show_table, size_writer
+
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    help="Table on a terminal, JSON elsewhere, unless said.",
+)
+qemu_choice = click.Choice(["10.0", "11.1"])
+
+
+def _tell(line: str) -> None:
+    click.echo(f"lab: {line}", err=True)
+
+
+@click.group(
+    "lab",
+    cls=Group,
+    short_help="Guests made from Debian packages.",
+    example="tagmem lab guest run -- uname -r",
+)
+def lab() -> None:
+    """Guests and QEMUs made from Debian packages, in a cache folder ($TAGMEM_CACHE).
+
+    Mirrors are taken from this machine's apt configuration. Needs no root.
+    """
+
+
+@lab.group(
+    "guest",
+    cls=Group,
+    short_help="Bring what guests need, see it, boot one.",
+    example="tagmem lab guest prepare",
+)
+def guest() -> None:
+    """Bring both QEMUs and the guest image, see what is there, boot a guest."""
+
+
+@guest.command(
+    "prepare",
+    short_help="Bring both QEMUs and make the guest image.",
+    example="tagmem lab guest prepare --refresh",
+)
+@click.option(
+    "--qemu", "names", type=qemu_choice, multiple=True, help="Only this one; may be repeated."
+)
+@click.option("--refresh", is_flag=True, help="Look for newer packages.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@output_option
+def prepare(names: tuple[str, ...], refresh: bool, quiet: bool, output: str | None) -> None:
+    """Bring what guests need into the cache folder. Quick when it is there."""
+    from tagmem.lab import image, packages, qemus
+
+    report = packages.silent if quiet else _tell
+    for name in names or qemus.NAMES:
+        qemus.get(name, report=report, refresh=refresh)
+    image.get(report=report, refresh=refresh)
+    _show(output)
+
+
+@guest.command(
+    "list", short_help="What is in the cache folder.", example="tagmem lab guest list -o json"
+)
+@output_option
+def list_(output: str | None) -> None:
+    """Show which QEMUs and which guest image are there. Downloads nothing."""
+    _show(output)
+
+
+@guest.command(
+    "run",
+    short_help="Boot a guest, run a command in it, end it.",
+    example="tagmem lab guest run --qemu 10.0 -- ndctl list",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option("--qemu", type=qemu_choice, default="11.1", show_default=True)
+@click.option("--memory", type=Size(), default="1GiB", metavar="SIZE", show_default=True)
+@click.option("--cpus", type=int, default=2, show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@click.argument("command", nargs=-1, required=True)
+def run(qemu: str, memory: int, cpus: int, quiet: bool, command: tuple[str, ...]) -> None:
+    """Boot a guest and run COMMAND in it; exits as the command did. The guest ends with it."""
+    import asyncio
+
+    from tagmem.lab.boot import Lab
+    from tagmem.lab.channel import Ran
+    from tagmem.lab.packages import silent
+    from tagmem.lab.spec import GuestSpec
+
+    report = silent if quiet else _tell
+
+    async def whole() -> Ran:
+        spec = GuestSpec(qemu=qemu, memory_bytes=memory, cpus=cpus)
+        async with Lab(report=report).guest(spec) as booted:
+            report(f"booted under {booted.accel.upper()} in {booted.boot_seconds:.1f} s")
+            return await (await booted.agent()).run(command)
+
+    ran = asyncio.run(whole())
+    for data, stream in ((ran.output, sys.stdout), (ran.errors, sys.stderr)):
+        stream.buffer.write(data)
+        stream.flush()
+    if ran.code:
+        raise click.exceptions.Exit(ran.code)
+
+
+def _show(output: str | None) -> None:
+    rows = _inventory()
+    if (output or ("table" if sys.stdout.isatty() else "json")) == "json":
+        show_json(rows)
+        return
+    size = size_writer(human=False)
+    show_table(
+        rows,
+        [
+            Column("WHAT", lambda row: str(row["what"])),
+            Column("VERSION", lambda row: str(row["version"] or "-")),
+            Column("DOWNLOAD", lambda row: size(row["download_bytes"])),
+            Column("UNPACKED", lambda row: size(row["unpacked_bytes"])),
+            Column("WHERE", lambda row: str(row["path"] or "not here")),
+        ],
+    )
+
+
+def _inventory() -> list[dict[str, Any]]:
+    from tagmem.lab import image, qemus
+
+    rows = []
+    for name in qemus.NAMES:
+        qemu = qemus.present(name)
+        rows.append(
+            _row(f"qemu {name}", qemu.version, qemu, qemu.root)
+            if qemu
+            else _row(f"qemu {name}", "", None, None)
+        )
+    made = image.present()
+    rows.append(
+        _row("guest", made.release, made, made.archive) if made else _row("guest", "", None, None)
+    )
+    return rows
+
+
+def _row(what: str, version: str, found: Any, path: Path | None) -> dict[str, Any]:
+    return {
+        "what": what,
+        "version": version,
+        "download_bytes": found.download_bytes if found else 0,
+        "unpacked_bytes": found.unpacked_bytes if found else 0,
+        "path": str(path) if path else "",
+    }
