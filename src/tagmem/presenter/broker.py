@@ -25,7 +25,7 @@ from tagmem.base.units import SECOND, Bytes, Nanoseconds
 from tagmem.presenter import procfs
 from tagmem.presenter.contract import Tagged
 from tagmem.presenter.endpoint import Endpoint, Report, Sockets, State, Watcher
-from tagmem.presenter.window import DATA_AT, Goal
+from tagmem.presenter.window import HEAD_BYTES, Goal
 
 __all__ = ["Broker", "Report", "State", "VmWindows", "Watcher"]
 
@@ -200,8 +200,8 @@ class VmWindows:
 
     async def open(self, device: str, tagged: Tagged, device_bytes: Bytes) -> str:
         """Serve a window; the path of its socket. Raises Conflict, InvalidInput."""
-        if device_bytes != DATA_AT + tagged.size_bytes:
-            limit = f"{DATA_AT} more than the tag has"
+        if device_bytes != HEAD_BYTES + tagged.size_bytes:
+            limit = f"{HEAD_BYTES} more than the tag has"
             raise InvalidInput("device_bytes", limit, device_bytes)
         return self._broker.open(self._vm, device, tagged)
 

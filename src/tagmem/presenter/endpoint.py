@@ -24,16 +24,17 @@ from tagmem.base.units import Bytes
 from tagmem.presenter import procfs
 from tagmem.presenter.contract import Tagged
 from tagmem.presenter.guestmemory import GuestMemory
-from tagmem.presenter.header import HEADER_AT, dax_header
+from tagmem.presenter.header import HEADER_AT, dax_header, place
 from tagmem.presenter.pmemqueue import PmemQueue
 from tagmem.presenter.window import (
-    DATA_AT,
+    HEAD_BYTES,
     Goal,
     Map,
     Operation,
     Part,
     Source,
     Window,
+    bar_bytes,
     lay_out,
 )
 from tagmem.wire.vhost_backend import (
@@ -134,12 +135,16 @@ class Endpoint:
         self.vm = vm
         self.device = device
         self.tagged = tagged
+        device_bytes = HEAD_BYTES + tagged.size_bytes
+        self.memory_bytes = bar_bytes(device_bytes)
+        """What the guest sees of memory; the header says where in it the bytes are."""
+        at = place(device_bytes, self.memory_bytes).data_at
+        header = dax_header(tagged.tag, device_bytes, self.memory_bytes)
         pieces = [(piece.path, piece.offset, piece.length) for piece in tagged.pieces]
-        self.window = Window(lay_out(pieces, read_only=tagged.read_only))
+        self.window = Window(lay_out(pieces, read_only=tagged.read_only, data_at=at))
         if self.window.data_bytes != tagged.size_bytes:
             limit = f"what its pieces have ({self.window.data_bytes})"
             raise InvalidInput("size_bytes", limit, tagged.size_bytes)
-        header = dax_header(tagged.tag, self.window.device_bytes)
         self.state = State.WAITING
         self.reason = ""
         self.pid = 0
@@ -149,7 +154,7 @@ class Endpoint:
         self._scrap = -1
         self._files: dict[str, int] = {}
         self.ranges: dict[procfs.Identity, list[procfs.Range]] = {}
-        self._header = _memory("tagmem-header", DATA_AT)
+        self._header = _memory("tagmem-header", HEAD_BYTES)
         os.pwrite(self._header, header, HEADER_AT)
         self._header_at_rest = procfs.identity_of(self._header)
         try:
@@ -246,7 +251,7 @@ class Endpoint:
                 self._scrap = _memory("tagmem-scrap", part.length)
             return os.dup(self._scrap)
         # Read-only by its descriptor: a guest, and its QEMU, cannot change what the tag says.
-        return os.open(f"/proc/self/fd/{self._header}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.dup(self._header)
 
     def flushable(self) -> list[int] | None:
         """What a flush is about; None when the guest's writes go nowhere."""
@@ -260,7 +265,7 @@ class Endpoint:
         return frozenset(own)
 
     def _maybe_mapped(self) -> bool:
-        ranges = {self._header_at_rest: [(0, DATA_AT)], **self.ranges}
+        ranges = {self._header_at_rest: [(0, HEAD_BYTES)], **self.ranges}
         return bool(procfs.holds(self.pid, ranges, ()))
 
     # -- telling -----------------------------------------------------------------------------------
@@ -325,12 +330,12 @@ class Link:
     """One connection of one QEMU to a window: carries the session's actions out."""
 
     def __init__(self, endpoint: Endpoint, sockets: Sockets, connection: Connection) -> None:
-        size = endpoint.window.device_bytes
+        size = endpoint.memory_bytes
         self._endpoint = endpoint
         self._sockets = sockets
         self.connection = connection
         config = PmemConfig(0, size).encode()
-        self._session = VhostUserBackend(size, config, PMEM_F_SHMEM_REGION)
+        self._session = VhostUserBackend((size,), config, PMEM_F_SHMEM_REGION)
         self._memory = GuestMemory(endpoint.own_identities)
         self._queue = PmemQueue(
             self._memory, endpoint.flushable, lambda base: self._session.completed(0, base)

@@ -35,6 +35,22 @@ _MODE_RAM = 1
 _PAGE_BYTES = 4 * KIB
 _PAGE_STRUCT_BYTES = 64
 _VERSION = (1, 4)
+_CUT_MAX = (1 << 32) - DAX_ALIGN_BYTES
+"""The largest multiple of the alignment in the header's 32-bit fields."""
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where the bytes lie in the device's memory, as the header can say it."""
+
+    start_pad: Bytes
+    data_offset: Bytes
+    """From the end of the pad."""
+    end_trunc: Bytes
+
+    @property
+    def data_at(self) -> Bytes:
+        """From the start of the device's memory."""
+        return self.start_pad + self.data_offset
 
 
 class DaxHeader(msgspec.Struct, frozen=True):
@@ -43,6 +59,26 @@ class DaxHeader(msgspec.Struct, frozen=True):
     tag: Tag
     data_at: Bytes
     data_bytes: Bytes
+    end_trunc: Bytes
+
+
+def place(device_bytes: Bytes, memory_bytes: Bytes) -> Placement:
+    """Where the bytes of a device lie whose memory is larger than header and bytes.
+
+    What is cut off at the end or padded at the start costs the guest nothing, but both are 32-bit
+    numbers; what is left over lies between header and bytes, and the guest's kernel keeps page
+    structures for it (1/64 of it). Raises InvalidInput for sizes that no DAX device has.
+    """
+    for name, value in (("device_bytes", device_bytes), ("memory_bytes", memory_bytes)):
+        if value % DAX_ALIGN_BYTES or value <= DATA_AT:
+            limit = f"a multiple of {DAX_ALIGN_BYTES} above {DATA_AT}"
+            raise InvalidInput(name, limit, value)
+    left = memory_bytes - device_bytes
+    if left < 0:
+        raise InvalidInput("memory_bytes", f"at least {device_bytes}", memory_bytes)
+    end_trunc = min(left, _CUT_MAX)
+    start_pad = min(left - end_trunc, _CUT_MAX)
+    return Placement(start_pad, DATA_AT + left - end_trunc - start_pad, end_trunc)
 
 
 def fletcher64(data: bytes) -> int:
@@ -54,14 +90,13 @@ def fletcher64(data: bytes) -> int:
     return (high & 0xFFFFFFFF) << 32 | low
 
 
-def dax_header(tag: str, device_bytes: Bytes) -> bytes:
+def dax_header(tag: str, device_bytes: Bytes, memory_bytes: Bytes = 0) -> bytes:
     """The 4 KiB at HEADER_AT of a device of `device_bytes`, header room included.
 
-    Raises InvalidInput for a size without data, or one that no DAX device has, and for no tag.
+    `memory_bytes` is what the guest sees of memory where that is more. Raises InvalidInput for
+    sizes without data, or that no DAX device has, and for no tag.
     """
-    if device_bytes <= DATA_AT or device_bytes % DAX_ALIGN_BYTES:
-        limit = f"a multiple of {DAX_ALIGN_BYTES} above {DATA_AT}"
-        raise InvalidInput("device_bytes", limit, device_bytes)
+    at = place(device_bytes, memory_bytes or device_bytes)
     info = DaxInfo(
         signature=SIGNATURE,
         uuid=tag_to_bytes(parse_tag(tag)),
@@ -69,11 +104,11 @@ def dax_header(tag: str, device_bytes: Bytes) -> bytes:
         flags=0,
         version_major=_VERSION[0],
         version_minor=_VERSION[1],
-        data_offset=DATA_AT,
+        data_offset=at.data_offset,
         page_count=(device_bytes - DATA_AT) // _PAGE_BYTES,
         mode=_MODE_RAM,
-        start_pad=0,
-        end_trunc=0,
+        start_pad=at.start_pad,
+        end_trunc=at.end_trunc,
         align_bytes=DAX_ALIGN_BYTES,
         page_bytes=_PAGE_BYTES,
         page_struct_bytes=_PAGE_STRUCT_BYTES,
@@ -100,14 +135,20 @@ def parse_dax_header(data: bytes) -> DaxHeader:
     for name, limit, value in (
         ("version", _VERSION, version),
         ("mode", _MODE_RAM, info.mode),
-        ("data_offset", DATA_AT, info.data_offset),
         ("align_bytes", DAX_ALIGN_BYTES, info.align_bytes),
         ("page_bytes", _PAGE_BYTES, info.page_bytes),
-        ("pads", (0, 0), (info.start_pad, info.end_trunc)),
     ):
         if value != limit:
             raise InvalidInput(name, str(limit), value)
+    for name, value in (
+        ("data_offset", info.data_offset),
+        ("start_pad", info.start_pad),
+        ("end_trunc", info.end_trunc),
+    ):
+        if value % DAX_ALIGN_BYTES:
+            raise InvalidInput(name, f"a multiple of {DAX_ALIGN_BYTES}", value)
     tag = tag_from_bytes(info.uuid)
     if tag == NIL_TAG:
         raise InvalidInput("uuid", "a tag", tag)
-    return DaxHeader(tag, info.data_offset, info.page_count * _PAGE_BYTES)
+    data_at = info.start_pad + info.data_offset
+    return DaxHeader(tag, data_at, info.page_count * _PAGE_BYTES, info.end_trunc)

@@ -1,10 +1,12 @@
 """What a guest's window onto a tag is made of, and the next thing to ask of the hypervisor to make
 it so. Pure.
 
-    0         1 MiB     2 MiB
-    | header  | probe   | piece 0 | piece 1 | ...      the tag's bytes, in the order of the tag
+    0         1 MiB     data_at
+    | header  | probe   | piece 0 | piece 1 | ... |       |   up to a power of two
 
-Header and probe are private memory of the broker; the media carry nothing of them. A window has a
+Header and probe are private memory of the broker; the media carry nothing of them. The pieces are
+the tag's bytes, in the tag's order. What is left of the power of two has no memory at all: the
+header tells the guest's kernel to leave it out. A window has a
 *goal* and a picture of what is mapped; `next` compares the two. The same few lines therefore
 present, revoke, and go on after a restart, whatever happened in between.
 
@@ -28,10 +30,10 @@ from tagmem.base.units import MIB, Bytes
 
 HEADER_BYTES = 1 * MIB
 PROBE_BYTES = 1 * MIB
-DATA_AT = HEADER_BYTES + PROBE_BYTES
+HEAD_BYTES = HEADER_BYTES + PROBE_BYTES
 PAGE_BYTES = 4096
 
-if DATA_AT != DAX_ALIGN_BYTES:
+if HEAD_BYTES != DAX_ALIGN_BYTES:
     raise ValueError("the bytes must begin where the header says")
 
 
@@ -87,13 +89,15 @@ Operation = Map | Unmap | Probe
 
 
 def bar_bytes(device_bytes: Bytes) -> Bytes:
-    """Address space that a window takes in the guest: QEMU rounds a PCI BAR up to a power of
-    two.
+    """Memory that the guest sees of a window, and the address space that it takes: a power of two,
+    because it is a PCI BAR, and QEMU 11.1 aborts when it is told of any other size.
     """
     return 1 << max(device_bytes - 1, 0).bit_length()
 
 
-def lay_out(pieces: Iterable[tuple[str, Bytes, Bytes]], *, read_only: bool) -> tuple[Part, ...]:
+def lay_out(
+    pieces: Iterable[tuple[str, Bytes, Bytes]], *, read_only: bool, data_at: Bytes = HEAD_BYTES
+) -> tuple[Part, ...]:
     """The parts of a window whose bytes are these (path, offset, length), in order.
 
     Neighbours in one file become one part. Raises InvalidInput for none, too many, or pieces that
@@ -103,7 +107,7 @@ def lay_out(pieces: Iterable[tuple[str, Bytes, Bytes]], *, read_only: bool) -> t
         Part(Source.HEADER, 0, HEADER_BYTES),
         Part(Source.PROBE, HEADER_BYTES, PROBE_BYTES, file_offset=HEADER_BYTES),
     ]
-    at = DATA_AT
+    at = data_at
     for path, offset, length in pieces:
         if length <= 0 or length % DAX_ALIGN_BYTES:
             raise InvalidInput("piece length", f"a multiple of {DAX_ALIGN_BYTES} above 0", length)
@@ -138,12 +142,7 @@ class Window:
         self._header, self._probe = self.parts[:2]
         self._data = self.parts[2:]
         hole = sum(part.length for part in self._data)
-        self._scrap = Part(Source.SCRAP, DATA_AT, hole, writable=True)
-
-    @property
-    def device_bytes(self) -> Bytes:
-        """Of the whole window."""
-        return DATA_AT + self._scrap.length
+        self._scrap = Part(Source.SCRAP, self._data[0].at, hole, writable=True)
 
     @property
     def data_bytes(self) -> Bytes:

@@ -245,13 +245,17 @@ class _Ring:
 
 
 class VhostUserBackend:
-    """One connection of one device with a single shared-memory region and `queues` queues.
+    """One connection of one device with shared-memory regions of these sizes, and `queues` queues.
 
     `device_features` are the device's own feature bits; they are what *start* waits for.
     """
 
     def __init__(
-        self, shared_bytes: int, config: bytes, device_features: int, queues: int = 1
+        self,
+        shared_bytes: tuple[int, ...],
+        config: bytes,
+        device_features: int,
+        queues: int = 1,
     ) -> None:
         if not 0 < len(config) <= CONFIG_BYTES_MAX:
             raise ValueError(f"config: must have 1 to {CONFIG_BYTES_MAX} bytes, got {len(config)}")
@@ -263,6 +267,8 @@ class VhostUserBackend:
         """Guest memory by its guest-physical address."""
         self._device_features = device_features
         self._offered = VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES | device_features
+        if not 0 < len(shared_bytes) <= SHMEM_REGIONS:
+            raise ValueError(f"regions: must be 1 to {SHMEM_REGIONS}, got {len(shared_bytes)}")
         self._shared_bytes = shared_bytes
         self._config = config
         self._rings = [_Ring() for _ in range(queues)]
@@ -425,8 +431,8 @@ class VhostUserBackend:
         self._actions.append(Channel(descriptors.pop(0)))
 
     def _get_shmem_config(self, body: None, descriptors: list[int]) -> bytes:
-        sizes = (self._shared_bytes, *(0 for _ in range(SHMEM_REGIONS - 1)))
-        return SharedMemoryConfig(1, sizes).encode()
+        sizes = self._shared_bytes + (0,) * (SHMEM_REGIONS - len(self._shared_bytes))
+        return SharedMemoryConfig(len(self._shared_bytes), sizes).encode()
 
     # -- memory ------------------------------------------------------------------------------------
 
