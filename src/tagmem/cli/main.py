@@ -17,6 +17,7 @@ from tagmem.cli.base import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, Command, Group
 from tagmem.cli.capacity import capacity
 from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
+from tagmem.cli.guest import guest
 from tagmem.cli.lab import lab
 from tagmem.cli.watch import events, explain
 from tagmem.cli.workload import EXIT_INTERRUPTED, run, stop
@@ -73,6 +74,7 @@ for command in (
     host,
     appliance,
     orchestrator,
+    guest,
     lab,
     completion,
 ):

@@ -5,7 +5,7 @@ and what was told of them are read back after a restart of the agent, and the ho
 whenever the port opens, so that it knows what it may still expect.
 
 SIGTERM comes before shutdown, reboot and kexec: every tag is given back then, in order, and the
-host is told. SIGINT only ends the agent.
+host is told. SIGINT ends the agent and the commands that it runs; tags keep their names.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ class Agent:
         self._after: Callable[[], None] | None = None
         self._ended = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._uevents = self._system.uevents()
+        if self._uevents is not None:
+            self._selector.register(self._uevents, selectors.EVENT_READ, self._hotplug)
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             w.Greet: lambda request: self._greet(request.id),
             w.Find: self._find,
@@ -138,20 +141,17 @@ class Agent:
 
     def run(self) -> int:
         """Until told to end; the exit code."""
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
-        if self._uevents is not None:
-            self._selector.register(self._uevents, selectors.EVENT_READ, self._hotplug)
         if self._options.modules:
             self._system.load_modules()
-        self._adopt()
+        self.adopt()
         while not (self._ended and (self._channel.flushed or not self._channel.live)):
             self.turn()
-        self._close()
+        self.close()
         if self._after is not None:
             self._after()
         return 0
 
-    def turn(self) -> None:
+    def turn(self, most_seconds: float = IDLE_SCAN_SECONDS) -> None:
         """Wait for something, at most until the next deadline, and deal with it."""
         now = time.monotonic()
         self._commands.throttle(full=self._channel.full)
@@ -159,7 +159,7 @@ class Agent:
         if now >= self._next_scan:
             self._scan(now)
         self._advance(now)
-        for key, events in self._selector.select(self._timeout()):
+        for key, events in self._selector.select(min(self._timeout(), most_seconds)):
             key.data(events)
 
     def _timeout(self) -> float:
@@ -207,7 +207,9 @@ class Agent:
         for detaching in self._detaching.values():
             detaching.release.next_at = 0.0
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End what runs and let go of everything; tags keep their names for the next agent."""
+        self._commands.close()
         self._channel.close()
         for descriptor in (self._wake_read, self._wake_write):
             os.close(descriptor)
@@ -251,12 +253,13 @@ class Agent:
 
     # ---- finding and naming
 
-    def _adopt(self) -> None:
+    def adopt(self) -> None:
         """What an earlier agent of this boot named stays named, if it is still there."""
-        for tag, told in self._names.adopt().items():
-            if told is not None:
-                self._told[tag] = told
+        adopted = self._names.adopt()
+        self._told |= {tag: told for tag, told in adopted.items() if told is not None}
         self._scan(time.monotonic(), adopting=True)
+        for tag in adopted.keys() - self._present.keys():
+            self._names.withdraw(tag)
 
     def _scan(self, now: float, *, adopting: bool = False) -> None:
         self._next_scan = now + (SCAN_SECONDS if self._attaching else IDLE_SCAN_SECONDS)
@@ -272,9 +275,6 @@ class Agent:
                 self._surface(memory, quiet=adopting)
             if tag in self._present:
                 self._answer_attach(tag)
-        if adopting:
-            for tag in self._told.keys() - found.keys():
-                self._names.withdraw(tag)
 
     def _surface(self, memory: w.Memory, *, quiet: bool) -> None:
         try:

@@ -110,9 +110,17 @@ class Commands:
         """The command that the request of this id started, while it runs."""
         return self._running.get(exec_id)
 
-    def sessions(self) -> frozenset[int]:
-        """Their sessions: who is in one was started by us."""
-        return frozenset(command.process.pid for command in self._running.values())
+    def close(self) -> None:
+        """The agent ends, and with it the readers of their output: so do they."""
+        for command in self._running.values():
+            command.signal(signal.SIGKILL)
+            command.process.wait()
+            if not command.ended:
+                self._selector.unregister(command.pidfd)
+                os.close(command.pidfd)
+            for number in list(command.streams):
+                self._close(command, number)
+        self._running.clear()
 
     def throttle(self, *, full: bool) -> None:
         """Stop reading output while the host is slow; go on when it is not."""

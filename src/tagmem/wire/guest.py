@@ -414,9 +414,9 @@ _Check = Callable[[str, Any], Any]
 
 def _int(low: int, high: int) -> _Check:
     def check(field: str, value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise InvalidInput(field, f"an integer from {low} to {high}", _shown(value))
-        return value
+        return int(value)
 
     return check
 
