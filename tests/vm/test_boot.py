@@ -86,6 +86,27 @@ def test_it_powers_itself_off(guest: Guest, run: Run) -> None:
     assert not guest.alive
 
 
+def test_with_uefi_firmware_specific_purpose_memory_is_a_dax_device(boot: Boot, run: Run) -> None:
+    guest = boot(
+        GuestSpec(
+            name="edk2",
+            firmware="edk2",
+            root_ports=0,
+            cpus=1,
+            modules=("dax_hmem",),
+            numa=("node,nodeid=1",),
+            objects=(f"memory-backend-memfd,id=m1,size={512 * MIB},share=on",),
+            devices=("sp-mem,memdev=m1,node=1,id=sp1",),
+        )
+    )
+    devices = (
+        "import glob; print([open(p).read() for p in glob.glob('/sys/bus/dax/devices/*/size')])"
+    )
+    assert str(512 * MIB) in run(guest.python(devices))
+    assert guest.boot_seconds < 2 * BOOT_SECONDS_MAX
+    run(guest.stop())
+
+
 def test_a_qemu_that_does_not_start_leaves_its_words_and_its_logs(lab: Lab, run: Run) -> None:
     broken = lab.guest(GuestSpec(name="broken", arguments=("-no-such-option",)))
 

@@ -57,17 +57,22 @@ def guest() -> None:
 @click.option(
     "--qemu", "names", type=qemu_choice, multiple=True, help="Only this one; may be repeated."
 )
+@click.option("--edk2", is_flag=True, help="UEFI firmware too: specific-purpose memory needs it.")
 @click.option("--refresh", is_flag=True, help="Look for newer packages.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @output_option
-def prepare(names: tuple[str, ...], refresh: bool, quiet: bool, output: str | None) -> None:
+def prepare(
+    names: tuple[str, ...], edk2: bool, refresh: bool, quiet: bool, output: str | None
+) -> None:
     """Bring what guests need into the cache folder. Quick when it is there."""
-    from tagmem.lab import image, packages, qemus
+    from tagmem.lab import firmware, image, packages, qemus
 
     report = packages.silent if quiet else _tell
     for name in names or qemus.NAMES:
         qemus.get(name, report=report, refresh=refresh)
     image.get(report=report, refresh=refresh)
+    if edk2:
+        firmware.get(report=report)
     _show(output)
 
 
@@ -76,7 +81,7 @@ def prepare(names: tuple[str, ...], refresh: bool, quiet: bool, output: str | No
 )
 @output_option
 def list_(output: str | None) -> None:
-    """Show which QEMUs and which guest image are there. Downloads nothing."""
+    """Show which QEMUs and which guest image are there, and how large. Downloads nothing."""
     _show(output)
 
 

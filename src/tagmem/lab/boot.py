@@ -26,8 +26,8 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from tagmem.base.errors import Conflict, RemoteError
 from tagmem.base.units import MIB
+from tagmem.lab import firmware, qemus
 from tagmem.lab import image as images
-from tagmem.lab import qemus
 from tagmem.lab.channel import Channel
 from tagmem.lab.errors import GuestDied, LabFailed
 from tagmem.lab.image import Image
@@ -89,6 +89,9 @@ class Lab:
         image = await asyncio.to_thread(self.image)
         accel = spec.accel or await self.accel(qemu)
         initrd = await asyncio.to_thread(images.initrd, image, folder, self.cache, files=spec.files)
+        if spec.firmware == "edk2":
+            places = Places(folder).firmware
+            await asyncio.to_thread(firmware.place, places, self.cache, self.report)
         return Material(qemu, accel, image.kernel, initrd)
 
     async def accel(self, qemu: Qemu) -> Accel:
@@ -216,6 +219,7 @@ class Guest:
             self._listening = None
         with suppress(QMPError, OSError, EOFError):
             await self._qmp.disconnect()
+        (self.places.folder / "initrd").unlink(missing_ok=True)
 
     async def ended(self, seconds: float = READY_SECONDS) -> int:
         """Wait until QEMU ends; its exit status. Raises TimeoutError."""
@@ -238,13 +242,15 @@ class Guest:
         shutil.rmtree(self.places.folder, ignore_errors=True)
 
     async def __aenter__(self) -> Self:
+        entered = False
         try:
             await self.start()
             if not self.spec.incoming and self.spec.agent:
                 await self.ready()
-        except BaseException:  # cancelled or failed, no QEMU is left behind
-            await self.kill()
-            raise
+            entered = True
+        finally:
+            if not entered:  # cancelled or failed, no QEMU is left behind
+                await self.kill()
         return self
 
     async def __aexit__(

@@ -409,7 +409,8 @@ def _compile(root: Path, stage: Path, folder: str, *options: str) -> None:
     argv = [str(root / LOADER), "--library-path", libraries, str(root / "usr/bin" / _python(root))]
     argv += ["-S", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash"]
     argv += ["-s", str(stage), "-p", "/", *options, str(stage / folder)]
-    environment = {"PYTHONHOME": str(root / "usr"), "PATH": os.environ.get("PATH", "")}
+    # Without a fixed seed, sets are written in another order each time.
+    environment = {"PYTHONHOME": str(root / "usr"), "PYTHONHASHSEED": "0"}
     run(argv, seconds=300, environment=environment)
 
 

@@ -126,8 +126,16 @@ def keyring(folder: Path = Path("/usr/share/keyrings")) -> Path:
 class World:
     """One release of Debian with its backports, as apt sees it from a folder of its own."""
 
-    def __init__(self, release: str, folder: Path, report: Report = silent) -> None:
+    def __init__(
+        self,
+        release: str,
+        folder: Path,
+        report: Report = silent,
+        *,
+        pockets: Sequence[str] = ("updates", "backports"),
+    ) -> None:
         self.release = release
+        self.suites = (release, *(f"{release}-{pocket}" for pocket in pockets))
         self.folder = folder / release
         self._report = report
 
@@ -149,7 +157,7 @@ class World:
         if stamp.exists() and time.time() - stamp.stat().st_mtime < age_seconds_max:
             return
         self._configure()
-        self._report(f"fetching the package lists of {self.release} and {self.backports}")
+        self._report(f"fetching the package lists of {', '.join(self.suites)}")
         self._apt("apt-get", "update", "-qq", "-o", "APT::Update::Error-Mode=any")
         stamp.touch()
 
@@ -217,8 +225,7 @@ class World:
         self.folder.chmod(0o700)  # a mirror's address may carry a password
         mirror = debian_mirror(run(["apt-get", "indextargets"], seconds=60))
         signed = f"[arch=amd64 signed-by={keyring()}]"
-        suites = (self.release, f"{self.release}-updates", self.backports)
-        lines = [f"deb {signed} {mirror} {suite} main\n" for suite in suites]
+        lines = [f"deb {signed} {mirror} {suite} main\n" for suite in self.suites]
         (self.folder / "sources.list").write_text("".join(lines))
         (self.folder / "status").write_text("")
         # Apt reads the machine's apt.conf.d between the two, so ours has the last word and keeps

@@ -65,6 +65,13 @@ def test_addresses_are_wide_under_tcg_and_the_machines_own_under_kvm() -> None:
     assert values(line(GuestSpec(), "kvm"), "-accel") == ["kvm"]
 
 
+def test_uefi_firmware_is_two_flashes_and_only_the_second_is_written() -> None:
+    code, variables = values(line(GuestSpec(firmware="edk2")), "-drive")
+    assert "readonly=on" in code
+    assert "readonly=off" in variables
+    assert values(line(GuestSpec()), "-drive") == []
+
+
 def test_commas_in_paths_are_doubled() -> None:
     chardevs = values(line(GuestSpec()), "-chardev")
     assert "socket,id=qmp,path=/tmp/g,,1/qmp.sock,server=on,wait=off" in chardevs
