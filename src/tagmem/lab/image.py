@@ -170,7 +170,7 @@ def present(cache: Path | None = None) -> Image | None:
     folder = cache / "guest"
     try:
         document = json.loads((folder / "manifest.json").read_text())
-        archive = cache / "images" / f"{_image_key(document)}.cpio"
+        archive = cache / "images" / f"image-{_image_key(document)}.cpio"
         release = document["release"]
         if not archive.is_file():
             return None
@@ -319,7 +319,10 @@ def _make(cache: Path, report: Report) -> None:
     document = json.loads((folder / "manifest.json").read_text())
     images = cache / "images"
     images.mkdir(exist_ok=True)
-    target = images / f"{_image_key(document)}.cpio"
+    for left in (*cache.glob("stage.*"), *cache.glob("images/*.partial")):
+        # Of a process that was killed; the lock says that nobody else is at it.
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    target = images / f"image-{_image_key(document)}.cpio"
     report("making the guest image")
     with tempfile.TemporaryDirectory(dir=cache, prefix="stage.") as name:
         stage = Path(name)
@@ -338,7 +341,7 @@ def _make(cache: Path, report: Report) -> None:
             archive.tree(stage)
             archive.close()
         partial.rename(target)
-    _prune(images, "*.cpio", keep=6)
+    _prune(images, "image-*.cpio", keep=3)
     report(f"the guest image is ready, {format_size(target.stat().st_size)}")
 
 
@@ -494,20 +497,20 @@ def _code_archive(image: Image, cache: Path, source: Path) -> Path:
     if target.is_file():
         os.utime(target)
         return target
-    with tempfile.TemporaryDirectory(dir=cache, prefix="stage.") as folder:
+    with tempfile.TemporaryDirectory(dir=cache, prefix="code.") as folder:
         stage = Path(folder)
         for name, path in files:
             place = stage / CODE_PLACE / name
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
         _compile(image.packages, stage, CODE_PLACE)
-        partial = target.with_suffix(f".{os.getpid()}")
-        with partial.open("wb") as stream:
+        descriptor, partial = tempfile.mkstemp(dir=target.parent, prefix="partial.")
+        with os.fdopen(descriptor, "wb") as stream:
             archive = Archive(stream)
             archive.tree(stage)
             archive.close()
-    partial.rename(target)
-    _prune(cache / "images", "code-*.cpio", keep=4)
+    os.rename(partial, target)
+    _prune(cache / "images", "code-*.cpio", keep=8)
     return target
 
 
