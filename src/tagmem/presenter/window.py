@@ -55,6 +55,9 @@ class Goal(Enum):
     still end."""
 
 
+_PROBED = (Source.PROBE, Source.HEADER, Source.SCRAP, Source.DATA)
+
+
 class Part(msgspec.Struct, frozen=True):
     """A run of the window, and where its memory comes from."""
 
@@ -168,8 +171,10 @@ class Window:
         """What is to be asked next. None when nothing is, or nothing can be."""
         if self.failed:
             return None
-        if not self.certain:
-            return Probe(self._probe)
+        if not self.certain and self._mapped:
+            # The probe, unless the device was stopped before there was one: then what is there,
+            # and nobody uses.
+            return Probe(min(self._mapped.values(), key=lambda part: _PROBED.index(part.source)))
         wanted = {part.at: part for part in self._wanted()}
         for at in sorted(self._mapped):
             part = self._mapped[at]
