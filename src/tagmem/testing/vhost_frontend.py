@@ -65,10 +65,8 @@ class FrontEnd:
     """One connection to a back-end."""
 
     def __init__(self, path: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE_SECONDS)
-        self.sock.connect(path)
-        self.channel, self._theirs = socket.socketpair()
+        self.sock, self.channel = _connected(path)
+        self.has_channel = False
         self.refuse = False
         """Answer SHMEM_MAP with failure."""
         self.keep = False
@@ -113,11 +111,11 @@ class FrontEnd:
         self.send(FrontRequest.SET_PROTOCOL_FEATURES, Number(protocol).encode(), (), ack=False)
         queues = Number.decode(self.ask(FrontRequest.GET_QUEUE_NUM)).value
         slots = Number.decode(self.ask(FrontRequest.GET_MAX_MEM_SLOTS)).value
-        self.tell(FrontRequest.SET_BACKEND_REQ_FD, b"", [self._theirs.fileno()])
-        self._theirs.close()
+        self._give_channel()
         self.send(FrontRequest.SET_OWNER, b"", (), ack=False)
         config = SharedMemoryConfig.decode(self.ask(FrontRequest.GET_SHMEM_CONFIG))
-        self._reserve(config.sizes_bytes[0])
+        if not self._window:
+            self._reserve(config.sizes_bytes[0])
         return {
             "features": features,
             "protocol": protocol,
@@ -125,6 +123,22 @@ class FrontEnd:
             "slots": slots,
             "window": self.window_bytes,
         }
+
+    def _give_channel(self) -> None:
+        self.channel.close()
+        self.channel, theirs = socket.socketpair()
+        with theirs:
+            self.tell(FrontRequest.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        self.has_channel = True
+
+    def again(self, path: str) -> dict[str, Any]:
+        """Connect to another back-end, as a character device with `reconnect` does; what is mapped
+        stays.
+        """
+        self.sock.close()
+        self.channel.close()
+        self.sock, self.channel = _connected(path)
+        return self.connect()
 
     def start(self) -> None:
         """What QEMU does when the guest's driver is ready."""
@@ -199,6 +213,7 @@ class FrontEnd:
         """Answer one request of the back-end's."""
         data, fds, _, _ = socket.recv_fds(self.channel, HEADER_BYTES, 8)
         if not data:
+            self.has_channel = False
             return
         header = MessageHeader.decode(data)
         what = SharedMemoryMap.decode(_exactly(self.channel, header.size_bytes))
@@ -251,6 +266,14 @@ class FrontEnd:
         os.pwrite(self._ram, data, at)
 
 
+def _connected(path: str) -> tuple[socket.socket, socket.socket]:
+    """Connected, and a socket that will be the channel."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE_SECONDS)
+    sock.connect(path)
+    return sock, socket.socket(socket.AF_UNIX)
+
+
 def _checked(address: int | None) -> int:
     if address is None or address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "mmap")
@@ -274,6 +297,8 @@ def _carry_out(front: FrontEnd, order: dict[str, Any]) -> Any:
     match order["do"]:
         case "connect":
             return front.connect()
+        case "again":
+            return front.again(order["path"])
         case "start":
             return front.start()
         case "stop":
@@ -293,6 +318,7 @@ def _carry_out(front: FrontEnd, order: dict[str, Any]) -> Any:
         case "hang up":
             return front.sock.close()
         case "close channel":
+            front.has_channel = False
             return front.channel.close()
         case "be":
             for name, value in order["how"].items():
@@ -308,7 +334,7 @@ def main(path: str, control: int) -> None:
     front = FrontEnd(path)
     pending = b""
     while True:
-        watched = [orders] + ([front.channel] if front.channel.fileno() >= 0 else [])
+        watched = [orders] + ([front.channel] if front.has_channel else [])
         ready, _, _ = select.select(watched, [], [])
         if front.channel in ready:
             front.serve()
