@@ -126,7 +126,7 @@ def test_a_field_that_does_not_fit_is_named(kind: type[Any], data: st.DataObject
     for field in kind._fields:
         values[field] = data.draw(json_values)
     message: Any = w.decode(json.dumps(values).encode(), w.REQUESTS)
-    if type(message) is w.Malformed:
+    if type(message).__name__ == "Malformed":
         assert any(message.reason.startswith(field) for field in kind._fields)
     else:
         assert w.decode(w.encode(message)[w.HEAD_BYTES :], w.REQUESTS) == message
