@@ -107,6 +107,38 @@ def test_with_uefi_firmware_specific_purpose_memory_is_a_dax_device(boot: Boot, 
     run(guest.stop())
 
 
+def test_a_guest_can_be_a_host_itself(boot: Boot, run: Run) -> None:
+    guest = boot(GuestSpec(name="outer", nested=True, root_ports=0))
+
+    async def whole() -> None:
+        channel = await guest.agent()
+        said = await channel.run(["/opt/qemu/start", "--version"])
+        assert guest.spec.qemu in said.text
+        # The emulator itself starts, with its accelerator and firmware, and speaks QMP.
+        asked = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
+        words = [
+            "-M",
+            "q35",
+            "-m",
+            "64",
+            "-accel",
+            "tcg",
+            "-S",
+            "-display",
+            "none",
+            "-nodefaults",
+            "-qmp",
+            "stdio",
+        ]
+        ran = await channel.run(["/opt/qemu/start", *words], stdin=asked)
+        assert ran.code == 0, ran.errors
+        assert '"SHUTDOWN"' in ran.text
+        assert (await channel.run(["ls", "/boot"])).text.split() == ["initrd", "vmlinuz"]
+
+    run(whole())
+    run(guest.stop())
+
+
 def test_a_qemu_that_does_not_start_leaves_its_words_and_its_logs(lab: Lab, run: Run) -> None:
     broken = lab.guest(GuestSpec(name="broken", arguments=("-no-such-option",)))
 

@@ -26,7 +26,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from tagmem.base.errors import Conflict, RemoteError
 from tagmem.base.units import MIB
-from tagmem.lab import firmware, qemus
+from tagmem.lab import firmware, nested, qemus
 from tagmem.lab import image as images
 from tagmem.lab.channel import Channel
 from tagmem.lab.errors import GuestDied, LabFailed
@@ -70,7 +70,8 @@ class Lab:
     def __init__(self, cache: Path | None = None, report: Report = silent) -> None:
         self.cache = cache or cache_dir()
         self.report = report
-        self._probe = asyncio.Lock()
+        self._probes: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
+        """One probe at a time; a lock belongs to one event loop, and a lab may outlive several."""
 
     def qemu(self, name: str) -> Qemu:
         """One of the QEMUs; brought if it is missing. Blocks while that lasts."""
@@ -88,11 +89,18 @@ class Lab:
         qemu = await asyncio.to_thread(self.qemu, spec.qemu)
         image = await asyncio.to_thread(self.image)
         accel = spec.accel or await self.accel(qemu)
-        initrd = await asyncio.to_thread(images.initrd, image, folder, self.cache, files=spec.files)
+        initrd = await asyncio.to_thread(self._initrd, spec, folder, qemu, image)
         if spec.firmware == "edk2":
             places = Places(folder).firmware
             await asyncio.to_thread(firmware.place, places, self.cache, self.report)
         return Material(qemu, accel, image.kernel, initrd)
+
+    def _initrd(self, spec: GuestSpec, folder: Path, qemu: Qemu, image: Image) -> Path:
+        files = dict(spec.files)
+        if spec.nested:
+            inner = images.initrd(image, folder, self.cache)
+            files = {**nested.files(qemu, image, inner), **files}
+        return images.initrd(image, folder, self.cache, files=files)
 
     async def accel(self, qemu: Qemu) -> Accel:
         """`kvm` where a guest has booted under it on this machine, else `tcg`; asked once."""
@@ -101,7 +109,7 @@ class Lab:
         image = await asyncio.to_thread(self.image)
         key = f"{platform.release()} {qemu.version} {image.release}"
         known = self.cache / "kvm.json"
-        async with self._probe:
+        async with self._probes.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
             answers = _read_answers(known)
             if key not in answers:
                 self.report(f"booting a guest under KVM to see whether it works, QEMU {qemu.name}")

@@ -75,6 +75,8 @@ class GuestSpec:
     modules: tuple[str, ...] = MODULES
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Laid over the image: path in the guest to content; `#!` in front makes it executable."""
+    nested: bool = False
+    """It gets the QEMU that it runs on, in /opt/qemu, and a kernel and initrd in /boot."""
     agent: bool = True
     accel: Accel | None = None
     """None: KVM where it boots, else TCG."""
