@@ -254,6 +254,7 @@ def _bring(cache: Path, report: Report, *, refresh: bool) -> None:
     kernel = world.exactly(kernel_names, world.backports)
     names = [f"{package.name}={package.version}" for package in (*closure, *kernel)]
     if manifest.is_file() and json.loads(manifest.read_text()).get("packages") == names:
+        world.clean()
         return
     partial = cache / "guest.partial"
     shutil.rmtree(partial, ignore_errors=True)

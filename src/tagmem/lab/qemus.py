@@ -135,6 +135,7 @@ def get(
             return found
         world, choice, version = _choose(name, cache, report, refresh=refresh)
         if found is not None and found.version == version:
+            world.clean()
             return found
         return _bring(name, cache, report, world.closure([PACKAGE], choice.suite), world)
 
