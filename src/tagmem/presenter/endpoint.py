@@ -335,7 +335,9 @@ class Link:
         self._sockets = sockets
         self.connection = connection
         config = PmemConfig(0, size).encode()
-        self._session = VhostUserBackend((size,), config, PMEM_F_SHMEM_REGION)
+        # Asked for only where there is no other way: QEMU 11.1 then does not outlive a reboot.
+        slots = not endpoint.window.fits_table
+        self._session = VhostUserBackend((size,), config, PMEM_F_SHMEM_REGION, memory_slots=slots)
         self._memory = GuestMemory(endpoint.own_identities)
         self._queue = PmemQueue(
             self._memory, endpoint.flushable, lambda base: self._session.completed(0, base)

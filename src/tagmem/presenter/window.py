@@ -1,10 +1,10 @@
 """What a guest's window onto a tag is made of, and the next thing to ask of the hypervisor to make
 it so. Pure.
 
-    0         1 MiB     data_at
-    | header  | probe   | piece 0 | piece 1 | ... |       |   up to a power of two
+    0         2 MiB     data_at
+    | header  |         | piece 0 | piece 1 | ... |       |   up to a power of two
 
-Header and probe are private memory of the broker; the media carry nothing of them. The pieces are
+The header is private memory of the broker; the media carry nothing of it. The pieces are
 the tag's bytes, in the tag's order. What is left of the power of two has no memory at all: the
 header tells the guest's kernel to leave it out. A window has a
 *goal* and a picture of what is mapped; `next` compares the two. The same few lines therefore
@@ -13,8 +13,9 @@ present, revoke, and go on after a restart, whatever happened in between.
 The picture can become *uncertain*: QEMU drops a device's mappings when the driver is unbound or
 the guest reboots, keeps them while the VM is paused, and the back-end is told the same in both
 cases. Mapping twice is an error that costs the back-end its channel, and taking the bytes away to
-map them again would lose what the guest writes in between. So the probe is unmapped: when that
-succeeds everything else is still there, and when it is refused nothing is. No guest looks there.
+map them again would lose what the guest writes in between. So the header is unmapped: when that
+succeeds everything else is still there, and when it is refused nothing is. A guest reads the header
+when it finds the device, not while it runs.
 """
 
 from __future__ import annotations
@@ -26,22 +27,20 @@ import msgspec
 
 from tagmem.base.errors import InvalidInput
 from tagmem.base.limits import DAX_ALIGN_BYTES, WINDOW_PIECES_MAX
-from tagmem.base.units import MIB, Bytes
+from tagmem.base.units import Bytes
+from tagmem.wire.vhost_user import TABLE_REGIONS_MAX
 
-HEADER_BYTES = 1 * MIB
-PROBE_BYTES = 1 * MIB
-HEAD_BYTES = HEADER_BYTES + PROBE_BYTES
+HEAD_BYTES = DAX_ALIGN_BYTES
 PAGE_BYTES = 4096
-
-if HEAD_BYTES != DAX_ALIGN_BYTES:
-    raise ValueError("the bytes must begin where the header says")
+TABLE_PARTS_MAX = TABLE_REGIONS_MAX - 2
+"""Parts of a window that a front-end can tell of in one memory table, beside the guest's RAM below
+and above 4 GiB."""
 
 
 class Source(Enum):
     """Whose memory a part of the window is."""
 
     HEADER = "header"
-    PROBE = "probe"
     DATA = "data"
     SCRAP = "scrap"
 
@@ -55,7 +54,7 @@ class Goal(Enum):
     still end."""
 
 
-_PROBED = (Source.PROBE, Source.HEADER, Source.SCRAP, Source.DATA)
+_PROBED = (Source.HEADER, Source.SCRAP, Source.DATA)
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -83,7 +82,7 @@ class Unmap(msgspec.Struct, frozen=True):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """Ask for the probe to be taken out, to learn whether the window is still there."""
+    """Ask for a part to be taken out that nobody uses, to learn whether the window is there."""
 
     part: Part
 
@@ -106,10 +105,7 @@ def lay_out(
     Neighbours in one file become one part. Raises InvalidInput for none, too many, or pieces that
     cannot be mapped.
     """
-    found: list[Part] = [
-        Part(Source.HEADER, 0, HEADER_BYTES),
-        Part(Source.PROBE, HEADER_BYTES, PROBE_BYTES, file_offset=HEADER_BYTES),
-    ]
+    found = [Part(Source.HEADER, 0, HEAD_BYTES)]
     at = data_at
     for path, offset, length in pieces:
         if length <= 0 or length % DAX_ALIGN_BYTES:
@@ -123,7 +119,7 @@ def lay_out(
         else:
             found.append(Part(Source.DATA, at, length, path, offset, not read_only))
         at += length
-    data = len(found) - 2
+    data = len(found) - 1
     if not 0 < data <= WINDOW_PIECES_MAX:
         raise InvalidInput("pieces", f"1 to {WINDOW_PIECES_MAX} that are not neighbours", data)
     return tuple(found)
@@ -142,10 +138,15 @@ class Window:
         self.failed = ""
         """Why nothing more can be asked of the hypervisor."""
         self._mapped: dict[Bytes, Part] = {}
-        self._header, self._probe = self.parts[:2]
-        self._data = self.parts[2:]
+        self._header = self.parts[0]
+        self._data = self.parts[1:]
         hole = sum(part.length for part in self._data)
         self._scrap = Part(Source.SCRAP, self._data[0].at, hole, writable=True)
+
+    @property
+    def fits_table(self) -> bool:
+        """Whether a front-end can tell of all its parts in one memory table."""
+        return len(self.parts) <= TABLE_PARTS_MAX
 
     @property
     def data_bytes(self) -> Bytes:
@@ -172,8 +173,7 @@ class Window:
         if self.failed:
             return None
         if not self.certain and self._mapped:
-            # The probe, unless the device was stopped before there was one: then what is there,
-            # and nobody uses.
+            # The header, unless the device was stopped before there was one.
             return Probe(min(self._mapped.values(), key=lambda part: _PROBED.index(part.source)))
         wanted = {part.at: part for part in self._wanted()}
         for at in sorted(self._mapped):
@@ -190,7 +190,7 @@ class Window:
         if self.goal is Goal.PRESENTED:
             return self.parts
         # After a reboot of the guest nothing is to be found under the tag any more.
-        return (self._probe, self._scrap) if self.scrap else (self._probe,)
+        return (self._scrap,) if self.scrap else ()
 
     def done(self, operation: Operation, succeeded: bool) -> None:
         """The hypervisor's verdict on what `next` gave."""

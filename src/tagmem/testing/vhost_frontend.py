@@ -31,8 +31,10 @@ from tagmem.wire.vhost_user import (
     BackRequest,
     FrontRequest,
     MemoryRegion,
+    MemoryTable,
     MessageHeader,
     Number,
+    ProtocolFeature,
     SharedMemoryConfig,
     SharedMemoryMap,
     SingleRegion,
@@ -67,6 +69,7 @@ class FrontEnd:
     def __init__(self, path: str) -> None:
         self.sock, self.channel = _connected(path)
         self.has_channel = False
+        self.has_slots = False
         self.refuse = False
         """Answer SHMEM_MAP with failure."""
         self.keep = False
@@ -110,7 +113,10 @@ class FrontEnd:
         protocol = Number.decode(self.ask(FrontRequest.GET_PROTOCOL_FEATURES)).value
         self.send(FrontRequest.SET_PROTOCOL_FEATURES, Number(protocol).encode(), (), ack=False)
         queues = Number.decode(self.ask(FrontRequest.GET_QUEUE_NUM)).value
-        slots = Number.decode(self.ask(FrontRequest.GET_MAX_MEM_SLOTS)).value
+        slots = 0
+        self.has_slots = bool(protocol >> ProtocolFeature.CONFIGURE_MEM_SLOTS & 1)
+        if self.has_slots:
+            slots = Number.decode(self.ask(FrontRequest.GET_MAX_MEM_SLOTS)).value
         self._give_channel()
         self.send(FrontRequest.SET_OWNER, b"", (), ack=False)
         config = SharedMemoryConfig.decode(self.ask(FrontRequest.GET_SHMEM_CONFIG))
@@ -146,7 +152,11 @@ class FrontEnd:
         self.tell(FrontRequest.SET_FEATURES, Number(wanted).encode())
         self.tell(FrontRequest.SET_STATUS, Number(8).encode())
         region = MemoryRegion(RAM_AT, RAM_BYTES, USER_AT, 0)
-        self.tell(FrontRequest.ADD_MEM_REG, SingleRegion(region).encode(), [self._ram])
+        if self.has_slots:
+            self.tell(FrontRequest.ADD_MEM_REG, SingleRegion(region).encode(), [self._ram])
+        else:
+            table = MemoryTable((region,))
+            self.tell(FrontRequest.SET_MEM_TABLE, table.encode(), [self._ram])
         self.tell(FrontRequest.SET_VRING_NUM, VringState(0, ENTRIES).encode())
         self.tell(FrontRequest.SET_VRING_BASE, VringState(0, self._made).encode())
         address = VringAddress(
@@ -164,8 +174,9 @@ class FrontEnd:
         self.tell(FrontRequest.SET_VRING_ENABLE, VringState(0, 0).encode())
         base = VringState.decode(self.ask(FrontRequest.GET_VRING_BASE, VringState(0, 0).encode()))
         self.send(FrontRequest.SET_STATUS, Number(0).encode(), (), ack=False)
-        region = SingleRegion(MemoryRegion(RAM_AT, RAM_BYTES, USER_AT, 0))
-        self.tell(FrontRequest.REM_MEM_REG, region.encode())
+        if self.has_slots:
+            region = SingleRegion(MemoryRegion(RAM_AT, RAM_BYTES, USER_AT, 0))
+            self.tell(FrontRequest.REM_MEM_REG, region.encode())
         if drop:
             for at in tuple(self.mapped):
                 self._unmap(at)
