@@ -126,10 +126,11 @@ def test_a_field_that_does_not_fit_is_named(kind: type[Any], data: st.DataObject
     for field in kind._fields:
         values[field] = data.draw(json_values)
     message: Any = w.decode(json.dumps(values).encode(), w.REQUESTS)
-    if type(message).__name__ == "Malformed":
+    if isinstance(message, w.Malformed):
         assert any(message.reason.startswith(field) for field in kind._fields)
-    else:
-        assert w.decode(w.encode(message)[w.HEAD_BYTES :], w.REQUESTS) == message
+        return
+    whole: Any = message
+    assert w.decode(w.encode(whole)[w.HEAD_BYTES :], w.REQUESTS) == whole
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,8 @@ def test_answers_come_late_and_in_any_order() -> None:
     first, _ = session.request(w.Find(0))
     second, _ = session.request(w.Attach(0, TAG))
     third, _ = session.request(w.Exec(0, ("true",)))
-    answers = [w.Attached(second, MEMORY), w.Started(third, 5), w.Found(first, ())]
-    heard = list(session.feed(b"".join(w.encode(a) for a in answers)))
+    answers: list[Any] = [w.Attached(second, MEMORY), w.Started(third, 5), w.Found(first, ())]
+    heard = list(session.feed(b"".join(map(w.encode, answers))))
     assert heard == answers
     assert list(session.outstanding) == [third]
     assert list(session.feed(w.encode(w.Exited(third, 0)))) == [w.Exited(third, 0)]

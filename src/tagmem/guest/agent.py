@@ -31,6 +31,8 @@ from tagmem.wire import guest as w
 SCAN_SECONDS = 0.05
 """While a tag is expected, in case that no uevent tells of it."""
 IDLE_SCAN_SECONDS = 2.0
+LATE_HEADER_SECONDS = 0.15
+"""The kernel looks for a header about 40 ms after the device came, once."""
 EJECT_SECONDS = 30.0
 ATTACHES_MAX = 64
 LEAVE_ASK_MS, LEAVE_STOP_MS = 5_000, 3_000
@@ -113,6 +115,11 @@ class Agent:
         self._attaching: dict[str, list[_Attaching]] = {}
         self._detaching: dict[str, _Detaching] = {}
         self._ejected: list[Callable[[], None]] = []
+        self._claimed: set[tuple[str, str]] = set()
+        """(tag, DAX device) that was claimed for an Attach that still waits."""
+        self._raw: set[str] = set()
+        """Namespaces without a header that are not ours to bind anew: they were here before us, or
+        it was tried."""
         self._next_scan = 0.0
         self._leaving = ""
         """Why every tag is being given back; empty while it is not."""
@@ -268,6 +275,10 @@ class Agent:
             self._vanished(tag)
         for tag in [*self._withdrawn.keys() - found.keys()]:
             del self._withdrawn[tag]
+        if adopting:
+            self._raw = set(finding.raw_namespaces(self._roots))
+        for tag in self._attaching.keys() - found.keys():
+            self._claim(tag, now)
         for tag, memory in found.items():
             if tag in self._withdrawn or tag in self._detaching:
                 continue
@@ -275,6 +286,20 @@ class Agent:
                 self._surface(memory, quiet=adopting)
             if tag in self._present:
                 self._answer_attach(tag)
+
+    def _claim(self, tag: str, now: float) -> None:
+        """What is expected may be there in a shape that nobody can map: help it along, once."""
+        waiting = self._attaching[tag][0]
+        for name, driver in finding.claimable(self._roots, tag, self._told.values()):
+            if (tag, name) not in self._claimed:
+                self._claimed.add((tag, name))
+                self._system.claim(name, driver)
+        if now - waiting.since < LATE_HEADER_SECONDS:
+            return
+        for namespace in finding.raw_namespaces(self._roots):
+            if namespace not in self._raw:
+                self._raw.add(namespace)
+                self._system.rebind(namespace)
 
     def _surface(self, memory: w.Memory, *, quiet: bool) -> None:
         try:
@@ -322,15 +347,14 @@ class Agent:
             return
         if request.told is not None and len(self._told) < w.MEMORIES_MAX:
             self._told[tag] = request.told
-        given_back = self._withdrawn.pop(tag, None)
-        if given_back is not None and given_back.name.startswith("dax"):
-            self._system.bind(given_back.name)
+        self._withdrawn.pop(tag, None)
         now = time.monotonic()
         waiting = _Attaching(request, now, now + request.wait_ms / 1000)
         self._attaching.setdefault(tag, []).append(waiting)
         self._scan(now)
 
     def _answer_attach(self, tag: str) -> None:
+        self._claimed = {claimed for claimed in self._claimed if claimed[0] != tag}
         for waiting in self._attaching.pop(tag, ()):
             self._send(w.Attached(waiting.request.id, self._present[tag]))
 
@@ -342,6 +366,7 @@ class Agent:
                 self._attaching[tag] = left
                 if not left:
                     del self._attaching[tag]
+                    self._claimed = {c for c in self._claimed if c[0] != tag}
             for attaching in over:
                 there = ", ".join(sorted(self._present)) or "no tagged memory"
                 reason = f"tag {tag} did not come in {attaching.request.wait_ms} ms; there is "

@@ -142,14 +142,13 @@ class Device:
 
 def take(device: Device, dpa: int, length: int, window: int) -> dict[str, Any]:
     """Accept the offer of this range (or find it accepted), commit the decoders."""
-    wanted = (dpa, length)
-    for event in device.offers():
-        if not isinstance(event, dcd.Offer):
-            continue
-        if [extent[:2] for extent in event.extents] == [wanted]:
-            device.do(device.driver.answer(event, accept=True))
-            break
-        device.do(device.driver.answer(event, accept=False))
+    waiting = [event for event in device.offers() if isinstance(event, dcd.Offer)]
+    matching = [[extent[:2] for extent in offer.extents] == [(dpa, length)] for offer in waiting]
+    if any(matching):
+        first = matching.index(True)
+        for offer in waiting[:first]:
+            device.do(device.driver.answer(offer, accept=False))
+        device.do(device.driver.answer(waiting[first], accept=True))
     held = device.driver.held.get(dpa)
     if held is None or held.length != length:
         raise NotFound(f"{dpa:#x}+{length:#x} was not offered, and is not held")

@@ -52,6 +52,34 @@ def find(roots: Roots, told: Iterable[Told] = ()) -> list[Memory]:
     return list(found.values())
 
 
+def claimable(roots: Roots, tag: str, told: Iterable[Told] = ()) -> list[tuple[str, str]]:
+    """DAX devices of a tag that no application can map yet, as (name, driver): bound to nothing
+    (after an eject without a slot) or made into RAM (`kmem`, what soft-reserved memory becomes).
+    """
+    told, slots = tuple(told), slots_by_address(roots)
+    return [
+        (memory.name, driver)
+        for driver in ("", "kmem")
+        for memory in _dax_devices(roots, told, slots, driver)
+        if memory.tag == tag
+    ]
+
+
+def raw_namespaces(roots: Roots) -> list[str]:
+    """Persistent-memory namespaces on which the kernel found no header: plain block devices.
+
+    A header that is written a moment too late is found when such a one is bound anew.
+    """
+    root = f"{roots.sysfs}/bus/nd/devices"
+    return [
+        name
+        for name in _names(root)
+        if name.startswith("namespace")
+        and driver_of(os.path.realpath(f"{root}/{name}")) == "nd_pmem"
+        and attribute(f"{root}/{name}", "mode") == "raw"
+    ]
+
+
 def slots_by_address(roots: Roots) -> dict[str, str]:
     """The names of hot-plug slots by the address (without function) of what is in them."""
     folder = f"{roots.sysfs}/bus/pci/slots"
@@ -128,12 +156,14 @@ def _tag(text: str) -> str:
 # ---- DAX devices
 
 
-def _dax_devices(roots: Roots, told: tuple[Told, ...], slots: dict[str, str]) -> Iterator[Memory]:
+def _dax_devices(
+    roots: Roots, told: tuple[Told, ...], slots: dict[str, str], driver: str = "device_dax"
+) -> Iterator[Memory]:
     root = f"{roots.sysfs}/bus/dax/devices"
     for name in _names(root):
         folder = os.path.realpath(f"{root}/{name}")
         path = f"{roots.dev}/{name}"
-        if driver_of(folder) != "device_dax" or not os.path.exists(path):
+        if driver_of(folder) != driver or (driver == "device_dax" and not os.path.exists(path)):
             continue
         memory = _dax_device(roots, name, folder, path, slots)
         if memory is None:

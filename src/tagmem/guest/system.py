@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 
 from tagmem.base.errors import Unsupported
-from tagmem.guest.find import Roots, attribute, driver_of
+from tagmem.guest.find import Roots, attribute
 from tagmem.wire.guest import Memory
 
 _NETLINK_KOBJECT_UEVENT = 15
@@ -110,16 +110,34 @@ class System:
         # The kernel waits there for drivers and for pinned pages; we do not.
         threading.Thread(target=run, daemon=True).start()
 
-    def bind(self, name: str) -> None:
-        """Give a DAX device that an earlier eject has unbound to its driver again."""
-        sysfs = self._roots.sysfs
-        if driver_of(os.path.realpath(f"{sysfs}/bus/dax/devices/{name}")):
-            return
+    def claim(self, name: str, driver: str) -> None:
+        """Make a DAX device one that can be mapped: bound to nothing, or RAM so far."""
+        if driver:
+            # Its memory blocks have to go offline first, which takes its time or does not work.
+            command = ["daxctl", "reconfigure-device", "-m", "devdax", "-f", name]
+            threading.Thread(target=_try, args=(command,), daemon=True).start()
+        else:
+            self._tell("dax/drivers/device_dax/bind", name)
+
+    def rebind(self, namespace: str) -> None:
+        """Have the kernel look for a header once more, unless the block device is in use."""
+        device = f"{self._roots.sysfs}/bus/nd/devices/{namespace}"
         try:
-            with open(f"{sysfs}/bus/dax/drivers/device_dax/bind", "w", encoding="ascii") as file:
-                file.write(name)
+            blocks = os.listdir(f"{device}/block")
+            with open(f"{self._roots.proc}/self/mounts", encoding="utf-8") as file:
+                mounted = {line.split(" ", 1)[0] for line in file}
+        except OSError:
+            return
+        if mounted.isdisjoint(f"{self._roots.dev}/{block}" for block in blocks):
+            self._tell("nd/drivers/nd_pmem/unbind", namespace)
+            self._tell("nd/drivers/nd_pmem/bind", namespace)
+
+    def _tell(self, place: str, value: str) -> None:
+        try:
+            with open(f"{self._roots.sysfs}/bus/{place}", "w", encoding="ascii") as file:
+                file.write(value)
         except OSError as error:
-            say(f"{name} stays unbound: {error.strerror}")
+            say(f"{place} of {value}: {error.strerror}")
 
     def end(self, how: str) -> None:
         """Poweroff, reboot or kexec. Raises Unsupported where there is no way, OSError."""
@@ -134,6 +152,16 @@ class System:
         if libc.reboot(ctypes.c_int(_REBOOT[how])) != 0:
             number = ctypes.get_errno()
             raise Unsupported(f"{how}: {os.strerror(number)}")
+
+
+def _try(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        say(f"{command[0]}: {error.strerror}")
+        return
+    if done.returncode:
+        say(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
 
 
 def say(text: str) -> None:

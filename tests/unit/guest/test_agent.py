@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.unit.guest.trees import PMEM, SIZE, VHOST, plug, unplug
+from tests.unit.guest.trees import PMEM, SIZE, VHOST, bind, plug, plug_raw_namespace, unplug
 from tests.unit.guest.world import HOLD, World
 
 import tagmem
@@ -82,6 +82,28 @@ def test_a_tag_that_does_not_come_says_what_is_there(world: World) -> None:
     attach(world, VHOST, "vhost-pmem")
     answer = world.ask(w.Attach(0, PMEM, wait_ms=1))
     assert (answer.code, VHOST in answer.reason) == ("absent", True)
+
+
+@pytest.mark.parametrize("driver", ["", "kmem"])
+def test_a_device_that_nobody_can_map_is_claimed_once(world: World, driver: str) -> None:
+    plug(world.base, "hmem")
+    bind(world.base, "dax4.0", driver)
+    assert world.ask(w.Attach(0, PMEM, wait_ms=1)).code == "absent"
+    assert world.system.claimed == []
+    told = w.Told(T, resource=0x100000000)
+    assert world.ask(w.Attach(0, T, told=told)).memory.name == "dax4.0"
+    assert world.system.claimed == [("dax4.0", driver)]
+
+
+def test_a_header_that_came_too_late_is_found(world: World) -> None:
+    plug_raw_namespace(world.base, "namespace7.0")
+    world.agent.adopt()
+    number = world.send(w.Attach(0, PMEM))
+    world.until(lambda: world.agent._attaching)
+    plug_raw_namespace(world.base, "namespace0.0")
+    world.until(lambda: world.answers(number))
+    assert isinstance(world.answers(number)[0], w.Attached)
+    assert world.system.rebound == ["namespace0.0"], "what was there before us is not touched"
 
 
 def test_what_comes_unexpected_is_named_and_told(world: World) -> None:
@@ -248,7 +270,7 @@ def test_what_was_given_back_is_not_named_again_unasked(world: World) -> None:
     assert world.by_tag() == []
     assert isinstance(world.ask(w.Attach(0, PMEM)), w.Attached)
     assert world.by_tag() == [PMEM]
-    assert world.system.bound == ["dax0.0"]
+    assert world.system.claimed == []
 
 
 def test_a_holder_is_named_and_keeps_what_it_has(world: World) -> None:

@@ -58,3 +58,29 @@ def unplug(base: Path, name: str) -> None:
     link.unlink()
     shutil.rmtree(folder)
     (base / "dev" / name).unlink()
+
+
+def bind(base: Path, name: str, driver: str = "device_dax") -> None:
+    """A DAX device changes its driver; without one it has no node."""
+    link = (base / "sys/bus/dax/devices" / name).resolve() / "driver"
+    link.unlink(missing_ok=True)
+    node = base / "dev" / name
+    node.unlink(missing_ok=True)
+    if driver:
+        link.symlink_to(base / "sys/bus/dax/drivers" / driver)
+    if driver == "device_dax":
+        node.touch()
+        os.truncate(node, SIZE)
+
+
+def plug_raw_namespace(base: Path, name: str) -> None:
+    """Persistent memory whose header came too late."""
+    folder = base / "sys/bus/nd/devices" / name
+    folder.mkdir(parents=True)
+    (folder / "mode").write_text("raw\n")
+    (folder / "driver").symlink_to("../../drivers/nd_pmem")
+
+
+def unplug_namespace(base: Path, name: str) -> None:
+    """It becomes something else."""
+    shutil.rmtree(base / "sys/bus/nd/devices" / name)

@@ -70,7 +70,8 @@ class FakeSystem(System):
         self._base = base
         self.boot = "boot-1"
         self.ejected: list[str] = []
-        self.bound: list[str] = []
+        self.claimed: list[tuple[str, str]] = []
+        self.rebound: list[str] = []
         self.ended: list[str] = []
         self.refusal = ""
 
@@ -95,8 +96,14 @@ class FakeSystem(System):
         self.ejected.append(slot)
         done(self.refusal)
 
-    def bind(self, name: str) -> None:
-        self.bound.append(name)
+    def claim(self, name: str, driver: str) -> None:
+        self.claimed.append((name, driver))
+        trees.bind(self._base, name)
+
+    def rebind(self, namespace: str) -> None:
+        self.rebound.append(namespace)
+        trees.unplug_namespace(self._base, namespace)
+        trees.plug(self._base, "pmem")
 
     def end(self, how: str) -> None:
         self.ended.append(how)
