@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.vm.world import SILENCE, WAYS, World, booted
+from tests.vm.world import WAYS, World, booted
 
 from tagmem.base.errors import Unsupported
 from tagmem.base.units import MIB
@@ -49,6 +49,14 @@ def world() -> Iterator[World]:
 def older() -> Iterator[World]:
     with booted(spec("older", "10.0")) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test finds empty slots, whatever became of the one before."""
+    yield
+    for name in {"world", "older"} & set(request.fixturenames):
+        request.getfixturevalue(name).tidy()
 
 
 def leave(world: World, shown: Presentation) -> None:
@@ -155,7 +163,7 @@ def test_by_force_from_a_paused_guest(world: World, way: str) -> None:
 def test_by_force_from_a_guest_that_never_answers(world: World, way: str) -> None:
     guaranteed = WAYS[way].describe().guaranteed
     shown = world.attach(way, world.make(SIZE))
-    world.python(SILENCE, 4)
+    world.run(world.silence(6))
     silent = world.detach(shown, seconds=1)
     assert not silent.done
     assert "did not answer" in silent.reason

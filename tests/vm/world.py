@@ -33,6 +33,10 @@ T = TypeVar("T")
 
 HEAD_BYTES = 2 * MIB
 WAYS = all_presenters()
+STAYING = frozenset(
+    name for name, way in WAYS.items() if way.describe().removal in ("sometimes", "never")
+)
+"""Those that a guest may keep until its end."""
 
 PEEK = """
 import mmap, os, sys
@@ -52,7 +56,7 @@ HOLD = """
 import mmap, os, sys, time
 ready, told = os.pipe()
 if os.fork():
-    sys.stdout.write(os.read(ready, 16).decode())
+    os.write(1, os.read(ready, 16))
     os._exit(0)
 os.setsid()
 if os.fork():
@@ -67,7 +71,9 @@ time.sleep(float(sys.argv[3]))
 # The agent itself stops answering for so many seconds.
 SILENCE = """
 import os, signal, sys, time
+ready, told = os.pipe()
 if os.fork():
+    os.read(ready, 1)
     os._exit(0)
 os.setsid()
 if os.fork():
@@ -78,6 +84,7 @@ for name in os.listdir("/proc"):
         words = open(f"/proc/{name}/cmdline", "rb").read().split(b"\\0")
         if b"tagmem.guest" in words:
             agents.append(int(name))
+os.write(told, b"+")
 time.sleep(0.3)
 for pid in agents:
     os.kill(pid, signal.SIGSTOP)
@@ -97,6 +104,7 @@ class World:
         self.media = ByTagMedia(self.folder, [str(self.host)], head_bytes=HEAD_BYTES)
         self.guest: Guest = Lab().guest(spec)
         self.broker: Broker | None = None
+        self.shown: list[Presentation] = []
         self._vm: Vm | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -174,7 +182,21 @@ class World:
     # ---- presenting
 
     def attach(self, way: str, tagged: Tagged, **need: bool) -> Presentation:
-        return self.run(WAYS[way].attach(Request(tagged, Need(**need)), self.vm))
+        shown = self.run(WAYS[way].attach(Request(tagged, Need(**need)), self.vm))
+        self.shown.append(shown)
+        return shown
+
+    def tidy(self) -> None:
+        """What a test that failed left in the VM goes, so that the next one is judged by itself."""
+        left, self.shown = self.shown, []
+        if self.vm.gone:
+            return
+        facts = self.run(self.vm.facts())
+        if facts.state == "paused":
+            self.run(self.vm.resume())
+        for shown in left:
+            if shown.device in facts.devices and shown.presenter not in STAYING:
+                self.detach(shown, seconds=20, force=True)
 
     def detach(
         self,
@@ -197,6 +219,17 @@ class World:
 
     # ---- in the guest
 
+    async def silence(self, seconds: float) -> None:
+        """From when this returns the agent does not answer, for about so many seconds."""
+        await self._python(SILENCE, [str(seconds)])
+        assert self.vm.guest is not None
+        for _ in range(20):
+            try:
+                await self.vm.guest.ask(wire.Find(0), SECOND // 2)
+            except OutcomeUnknown:
+                return
+        raise AssertionError("the agent answers still")
+
     async def answering(self) -> None:
         """The agent answers (again)."""
         assert self.vm.guest is not None
@@ -215,11 +248,10 @@ class World:
         """The reset button; returns when the agent of the next boot answers."""
         channel = self.vm.guest
         assert channel is not None
-        assert channel.hello is not None
-        before = channel.hello.boot_id
+        before = channel.boot_id
         await self.vm.execute("system_reset", {})
         async with asyncio.timeout(90):
-            while channel.hello is None or channel.hello.boot_id == before:
+            while channel.boot_id in ("", before):
                 await channel.heard()
 
     async def panic(self) -> None:

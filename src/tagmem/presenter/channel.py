@@ -59,9 +59,9 @@ class Channel:
         return None if hello is None else GuestFacts(hello.kernel, hello.features)
 
     @property
-    def hello(self) -> guest.Hello | None:
-        """The agent's own words."""
-        return self._session.hello
+    def boot_id(self) -> str:
+        """Which boot of the guest it is; empty while no agent has said."""
+        return "" if self._session.hello is None else self._session.hello.boot_id
 
     async def greeted(self, deadline_ns: Nanoseconds) -> guest.Hello:
         """Who answers, once somebody does. Raises OutcomeUnknown."""

@@ -28,7 +28,7 @@ HEADER_BYTES = DAX_ALIGN_BYTES
 """What a header takes in front of the bytes: the kernel wants the data aligned to 2 MiB."""
 SMALL_BAR_BYTES = 2 * MIB
 """Left of a slot's address space for the other registers of the device in it."""
-FIND_NS = 10 * SECOND
+FIND_NS = 5 * SECOND
 """How long the guest's agent may look for a tag that has just been plugged in."""
 ASK_NS = 60 * SECOND
 """At most; a detach's own deadline is the limit that counts."""

@@ -163,6 +163,8 @@ async def _ask(step: AskGuest, vm: Machine) -> guest.Answer | None:
         if isinstance(answer, guest.Failed) and answer.code == "absent":
             return answer  # The guest has no such device: nobody there can have it.
         raise Refused(answer)
+    if isinstance(answer, guest.Failed):
+        log.warning("the guest does not find it: %s (%s)", answer.reason, answer.code)
     return answer
 
 

@@ -8,6 +8,8 @@ and never another tag's. QEMU aborts on sizes that are no power of two; those ar
 
 from __future__ import annotations
 
+import binascii
+
 from tagmem.base.units import MIB, is_power_of_two
 from tagmem.presenter import common
 from tagmem.presenter.contract import (
@@ -26,7 +28,6 @@ from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, Planned
 from tagmem.wire import guest
 
 DRIVER = "ivshmem-plain"
-ACPI_INDEX_FIRST = 101
 ACPI_INDEX_MAX = 16383
 WARNING = (
     "the guest's mappings of it outlive a detach that nobody proved; "
@@ -85,7 +86,7 @@ class Ivshmem(Planned):
         tagged = request.tagged
         slot = _slot(request, vm)
         assert not isinstance(slot, str)
-        index = _acpi_index(slot, vm)
+        index = acpi_index(tagged.tag, vm)
         properties: dict[str, object] = {"acpi-index": index, "master": "on"}
         told = guest.Told(tagged.tag, "ivshmem", acpi_index=index, size_bytes=tagged.size_bytes)
         steps: tuple[Step, ...] = (
@@ -122,7 +123,16 @@ def _slot(request: Request, vm: VmFacts) -> Slot | str:
     return common.free_slot(vm, request.tagged.size_bytes + common.SMALL_BAR_BYTES)
 
 
-def _acpi_index(slot: Slot, vm: VmFacts) -> int:
-    """One per slot, so that two devices at once never have the same."""
-    order = sorted(s.bus for s in vm.slots).index(slot.bus)
-    return min(ACPI_INDEX_FIRST + order, ACPI_INDEX_MAX)
+def acpi_index(tag: str, vm: VmFacts) -> int:
+    """The number by which the guest tells this BAR from others. It follows from the tag, so that a
+    tag never inherits the number (and in the guest the name) of the one before it in the slot.
+    """
+    others = {_home(common.tag_of(device)) for device in vm.devices if common.tag_of(device)}
+    index = _home(tag)
+    while index in others:
+        index = index % ACPI_INDEX_MAX + 1
+    return index
+
+
+def _home(tag: str) -> int:
+    return binascii.crc32(tag.encode()) % ACPI_INDEX_MAX + 1

@@ -8,6 +8,9 @@ private memory of the broker: the tag's own bytes carry nothing of it. QEMU refu
 
 from __future__ import annotations
 
+import logging
+
+from tagmem.base.errors import OutcomeUnknown
 from tagmem.base.limits import WINDOW_PIECES_MAX
 from tagmem.base.units import MIB, SECOND
 from tagmem.presenter import common
@@ -16,6 +19,7 @@ from tagmem.presenter.contract import (
     CloseWindow,
     Command,
     Description,
+    Machine,
     MapWindow,
     OpenWindow,
     Plan,
@@ -26,7 +30,10 @@ from tagmem.presenter.contract import (
     Step,
     VmFacts,
 )
-from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, Planned
+from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, Planned, perform
+from tagmem.wire import guest
+
+log = logging.getLogger(__name__)
 
 DRIVER = "vhost-user-test-device-pci"
 """Upstream's name of the generic device; a named vhost-user-pmem would be the product form."""
@@ -34,6 +41,8 @@ VIRTIO_ID_PMEM = 27
 CONFIG_BYTES = 16
 START_NS = 20 * SECOND
 REVOKE_NS = 5 * SECOND
+TRIES = 3
+"""Of a guest to look for the header in time."""
 
 
 class VhostPmem(Planned):
@@ -103,6 +112,22 @@ class VhostPmem(Planned):
         )
         return Plan(self.description.name, device, steps, device_bytes, slot.bus)
 
+    async def attach(self, request: Request, vm: Machine) -> Presentation:
+        """As all, and again when the guest looked too early.
+
+        Its driver looks for the header once, some 40 ms after it started the device, which is when
+        the memory may first be mapped. A guest that won that race has a raw namespace; plugged anew
+        it looks anew.
+        """
+        for _ in range(TRIES - 1):
+            shown = await super().attach(request, vm)
+            if shown.guest_path or vm.guest is None or not await _looked_in_vain(shown, vm):
+                return shown
+            log.warning("tag %s: the guest looked before it was mapped", request.tagged.tag)
+            for step in self.unplan(shown, "unplug"):
+                await perform(step, vm)
+        return await super().attach(request, vm)
+
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
         """All four rungs but the last, which is the same for every presenter."""
         device = presentation.device
@@ -120,6 +145,16 @@ class VhostPmem(Planned):
                 prove,
             )
         return ()
+
+
+async def _looked_in_vain(shown: Presentation, vm: Machine) -> bool:
+    """Whether the guest's agent says that there is no such tag; silence says nothing."""
+    assert vm.guest is not None
+    try:
+        answer = await vm.guest.ask(guest.Attach(0, shown.tagged.tag, 0), common.FIND_NS)
+    except OutcomeUnknown:
+        return False
+    return isinstance(answer, guest.Failed) and answer.code == "absent"
 
 
 def _chardev(device: str) -> str:
