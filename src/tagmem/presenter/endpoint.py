@@ -155,7 +155,7 @@ class Endpoint:
         self._files: dict[str, int] = {}
         self.ranges: dict[procfs.Identity, list[procfs.Range]] = {}
         self._header = _memory("tagmem-header", HEAD_BYTES)
-        os.pwrite(self._header, header, HEADER_AT)
+        self._header_bytes = header
         self._header_at_rest = procfs.identity_of(self._header)
         try:
             self.open_files()
@@ -250,7 +250,8 @@ class Endpoint:
             if self._scrap < 0:
                 self._scrap = _memory("tagmem-scrap", part.length)
             return os.dup(self._scrap)
-        # Read-only by its descriptor: a guest, and its QEMU, cannot change what the tag says.
+        # QEMU 11.1 maps everything writable, so a guest may have written on its header.
+        os.pwrite(self._header, self._header_bytes, HEADER_AT)
         return os.dup(self._header)
 
     def flushable(self) -> list[int] | None:
