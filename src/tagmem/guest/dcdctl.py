@@ -3,6 +3,7 @@
     python3 -m tagmem.guest.dcdctl list
     python3 -m tagmem.guest.dcdctl take --dpa 0x10000000 --length 0x10000000 [--window 0]
     python3 -m tagmem.guest.dcdctl give --dpa 0x10000000 --length 0x10000000
+    python3 -m tagmem.guest.dcdctl commit --length 0x10000000
 
 The host has it run (Exec) where the kernel knows no dynamic capacity. It keeps nothing: what waits
 is in the device's log, what is held in its extent list, and which tag lies where the host knows.
@@ -10,7 +11,8 @@ is in the device's log, what is held in its extent list, and which tag lies wher
 (host bridge first, if it has any, then the endpoint) over the whole window, and says where in guest
 physical memory the range lies now; what makes a DAX device of that (nd_e820 or dax_hmem on a range
 that the command line reserved) is loaded by `--modules`. `give` wants the range unused: the host
-detaches the tag first, which proves it.
+detaches the tag first, which proves it. `commit` is for devices with static capacity alone: stock
+kernels refuse to commit decoders inside a VM, and adopt what is committed before they come.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tagmem.base.errors import Conflict, NotFound, TagmemError, Unsupported
+from tagmem.base.errors import Conflict, InvalidInput, NotFound, TagmemError, Unsupported
 from tagmem.guest import dcd
 from tagmem.guest.find import attribute, driver_of
 from tagmem.guest.mmio import Mapped, Registers, perform
@@ -81,8 +83,8 @@ class Device:
         events: list[dcd.Event] = self.do(self.driver.start())
         return events
 
-    def commit(self, window: int) -> int:
-        """Commit the decoders from the window's base over all regions; that base.
+    def commit(self, window: int, length: int = 0) -> int:
+        """Commit the decoders from the window's base, over all regions or `length`; that base.
 
         DPA 0 lies at the base, so a range's place is the base plus its DPA.
         """
@@ -91,7 +93,8 @@ class Device:
         if window >= len(windows):
             raise NotFound(f"window {window}: the firmware tells of {len(windows)}")
         chosen = windows[window]
-        end = max(region.base + region.decode_length for region in self.driver.regions)
+        ends = (region.base + region.decode_length for region in self.driver.regions)
+        end = length or max(ends)
         unit = dcd.DECODER_UNIT_BYTES
         size = min(-(-end // unit) * unit, chosen.size)
         self._commit_bridge(bridges, chosen)
@@ -178,7 +181,7 @@ def show(device: Device) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the options, do it, and write one line of JSON."""
     parser = argparse.ArgumentParser("tagmem.guest.dcdctl")
-    parser.add_argument("operation", choices=["list", "take", "give"])
+    parser.add_argument("operation", choices=["list", "take", "give", "commit"])
     parser.add_argument("--device", default="", help="PCI address; needed when there are several")
     parser.add_argument("--dpa", type=lambda text: int(text, 0), default=0)
     parser.add_argument("--length", type=lambda text: int(text, 0), default=0)
@@ -191,6 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answer = take(device, given.dpa, given.length, given.window)
         elif given.operation == "give":
             answer = give(device, given.dpa, given.length)
+        elif given.operation == "commit":
+            if given.length <= 0:
+                raise InvalidInput("length", "the device's capacity in bytes", given.length)
+            answer = {"length": given.length, "resource": device.commit(given.window, given.length)}
         else:
             answer = show(device)
         if given.modules:
