@@ -97,7 +97,7 @@ class Device:
         end = length or max(ends)
         unit = dcd.DECODER_UNIT_BYTES
         size = min(-(-end // unit) * unit, chosen.size)
-        self._commit_bridge(bridges, chosen)
+        self._commit_bridge(bridges, chosen, size)
         bar, offset = self._locator.blocks[dcd.COMPONENT_BLOCK]
         component = Mapped(f"{self._folder}/resource{bar}")
         self._spaces["component"] = component
@@ -108,8 +108,11 @@ class Device:
         self._enable_memory()
         return chosen.base
 
-    def _commit_bridge(self, bridges: dict[int, int], window: dcd.Window) -> None:
-        """A bridge with one root port passes everything through, unless it was told not to."""
+    def _commit_bridge(self, bridges: dict[int, int], window: dcd.Window, size: int) -> None:
+        """A bridge with one root port passes everything through, unless it was told not to.
+
+        Its decoder is as long as the endpoint's: the kernel adopts only pairs that are alike.
+        """
         base = bridges.get(window.targets[0], 0)
         if not base or not os.path.exists(self._mem):
             return
@@ -117,7 +120,7 @@ class Device:
         decoders = self.do(dcd.Decoders.find("bridge", 0, BRIDGE_BYTES))
         if decoders is not None:
             port = self._root_port()
-            self.do(decoders.program(0, window.base, window.size, targets=(port,)))
+            self.do(decoders.program(0, window.base, size, targets=(port,)))
 
     def _root_port(self) -> int:
         """The port number in the link capabilities of the port above us (PCIe, bits 31:24)."""

@@ -116,8 +116,9 @@ class System:
             # Its memory blocks have to go offline first, which takes its time or does not work.
             command = ["daxctl", "reconfigure-device", "-m", "devdax", "-f", name]
             threading.Thread(target=_try, args=(command,), daemon=True).start()
-        else:
-            self._tell("dax/drivers/device_dax/bind", name)
+        elif not self._tell("dax/drivers/device_dax/bind", name):
+            # Made for kmem (CXL, soft-reserved): device_dax takes it when told its name first.
+            self._tell("dax/drivers/device_dax/new_id", name)
 
     def rebind(self, namespace: str) -> None:
         """Have the kernel look for a header once more, unless the block device is in use."""
@@ -132,12 +133,14 @@ class System:
             self._tell("nd/drivers/nd_pmem/unbind", namespace)
             self._tell("nd/drivers/nd_pmem/bind", namespace)
 
-    def _tell(self, place: str, value: str) -> None:
+    def _tell(self, place: str, value: str) -> bool:
         try:
             with open(f"{self._roots.sysfs}/bus/{place}", "w", encoding="ascii") as file:
                 file.write(value)
         except OSError as error:
             say(f"{place} of {value}: {error.strerror}")
+            return False
+        return True
 
     def end(self, how: str) -> None:
         """Poweroff, reboot or kexec. Raises Unsupported where there is no way, OSError."""
