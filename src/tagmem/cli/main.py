@@ -19,6 +19,7 @@ from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
 from tagmem.cli.guest import guest
 from tagmem.cli.lab import lab
+from tagmem.cli.vm import vm
 from tagmem.cli.watch import events, explain
 from tagmem.cli.workload import EXIT_INTERRUPTED, run, stop
 
@@ -76,6 +77,7 @@ for command in (
     orchestrator,
     guest,
     lab,
+    vm,
     completion,
 ):
     cli.add_command(command)

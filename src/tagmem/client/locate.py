@@ -181,7 +181,9 @@ def _in_run_dir(tag: Tag, run_dir: str) -> Device | None:
         size = _integer(_attribute(folder, "size"))
         align = _integer(_attribute(folder, "align"))
         read_only = _attribute(folder, "read_only") not in ("", "0")
-        pieces = ((0, size),) if os.path.exists(path) else _pieces(folder, size)
+        whole = f'[{{"offset":0,"length":{size}}}]'
+        plain = os.path.exists(path) and _attribute(folder, "extents") in ("", whole)
+        pieces = ((0, size),) if plain else _pieces(folder, size)
         # In a guest the name stands for a device of the kernel's, which has nothing to write back.
         emulated = _attribute(folder, "mode") != "bar" and not _is_device(path)
     except (OSError, ValueError):

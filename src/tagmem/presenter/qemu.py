@@ -349,6 +349,15 @@ def _peer(path: str) -> int:
     return int(struct.unpack("3i", credentials)[0])
 
 
+def started_at(pid: int) -> int:
+    """When a process began, in the kernel's ticks; 0 when there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return int(text.rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def held_by(pid: int, paths: Sequence[str]) -> tuple[str, ...]:
     """Which of the files a process maps or has open. A file that has no name any more is known by
     the one it had. Raises OutcomeUnknown when that cannot be read of a living process.
