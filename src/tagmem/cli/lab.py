@@ -121,6 +121,103 @@ def run(qemu: str, memory: int, cpus: int, quiet: bool, command: tuple[str, ...]
         raise click.exceptions.Exit(ran.code)
 
 
+@lab.command(
+    "compare",
+    short_help="Measure every way of presenting a tag to a VM.",
+    example="tagmem lab compare --only pmem --qemu 10.0",
+)
+@click.option("--only", multiple=True, metavar="NAME", help="Only this option; may be repeated.")
+@click.option(
+    "--qemu", "names", type=qemu_choice, multiple=True, help="Only on this one; may be repeated."
+)
+@click.option(
+    "--docs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("docs"),
+    show_default=True,
+    help="Where comparison.md, .json and .svg are written.",
+)
+@click.option("--render", is_flag=True, help="Measure nothing; write the recorded run again.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@output_option
+def compare(
+    only: tuple[str, ...],
+    names: tuple[str, ...],
+    docs: Path,
+    render: bool,
+    quiet: bool,
+    output: str | None,
+) -> None:
+    """Measure every way of presenting a tag to a VM, on real guests, and write the comparison.
+
+    Takes about ten minutes under emulation, one guest at a time. With --only, the rows of an
+    earlier run that are not measured anew stay.
+    """
+    import asyncio
+
+    from tagmem.base.errors import InvalidInput
+    from tagmem.lab import compare as comparing
+    from tagmem.lab.packages import silent
+
+    for name in only:
+        if name not in comparing.ORDER:
+            raise InvalidInput("only", f"one of {', '.join(comparing.ORDER)}", name)
+    before = _recorded(docs)
+    if render and before is None:
+        raise InvalidInput("docs", "a folder with comparison.json", str(docs))
+    made = before
+    if not render:
+        made = asyncio.run(
+            comparing.compare(
+                only or comparing.ORDER,
+                names or comparing.QEMUS,
+                before if only or names else None,
+                lambda grown: _write(docs, grown),
+                silent if quiet else _tell,
+            )
+        )
+    assert made is not None
+    _write(docs, made)
+    _show_comparison(made, output)
+
+
+def _recorded(docs: Path) -> Any:
+    import msgspec
+
+    from tagmem.lab.report import Comparison
+
+    path = docs / "comparison.json"
+    return msgspec.json.decode(path.read_bytes(), type=Comparison) if path.exists() else None
+
+
+def _write(docs: Path, made: Any) -> None:
+    import msgspec
+
+    from tagmem.lab import report
+
+    docs.mkdir(parents=True, exist_ok=True)
+    data = msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n"
+    texts = {"md": report.page(made).encode(), "svg": report.plot(made).encode(), "json": data}
+    for end, text in texts.items():
+        (docs / f"comparison.{end}").write_bytes(text)
+
+
+def _show_comparison(made: Any, output: str | None) -> None:
+    from tagmem.cli.render import to_plain
+    from tagmem.lab import report
+
+    if (output or ("table" if sys.stdout.isatty() else "json")) == "json":
+        show_json(to_plain(made))
+        return
+    for title, headings in report.GROUPS:
+        click.echo(title)
+        columns = [Column("OPTION", report.label)]
+        for heading in headings:
+            columns.append(Column(heading.title.upper(), report.teller(heading.key)))
+        show_table(made.rows, columns)
+    click.echo(report.recommendation(made))
+
+
 def _show(output: str | None) -> None:
     rows = _inventory()
     if (output or ("table" if sys.stdout.isatty() else "json")) == "json":
