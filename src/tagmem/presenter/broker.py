@@ -6,10 +6,12 @@ unmaps the bytes, puts scrap memory in the hole, and returns when the kernel say
 nothing of them any more (`procfs`). A guest that hangs, or has panicked, is not asked.
 
 What it cannot do, and says: a device that is stopped (paused VM) is not told anything, because
-QEMU 11.1 crashes on it; QEMU keeps its mappings when this process dies, and a message that is
-under way at the moment when QEMU stops the device can still crash it. In each case the bytes are
-held until the VM runs again, connects again, or is stopped: `revoke` then raises OutcomeUnknown,
-and nothing may be freed.
+QEMU 11.1 crashes on it; and a request that is under way at the moment when QEMU stops the device
+can still crash it. When this process dies QEMU keeps its mappings, and QEMU 11.1 aborts when its
+character device connects again (`reconnect`), so a broker that takes over can prove what QEMU has,
+and take nothing: the device is unplugged, or the VM stopped. In each case the bytes are held until
+the VM runs again, the device is gone, or QEMU is: `revoke` raises OutcomeUnknown until then, and
+nothing may be freed.
 
 It runs in the host agent's process or in one of its own, and is given what makes sockets.
 """
@@ -112,6 +114,22 @@ class Broker:
                 raise OutcomeUnknown(f"window {device} of {vm} is {_told(endpoint)}")
             await endpoint.change(left / SECOND)
 
+    async def found(self, vm: str, device: str, deadline_ns: Nanoseconds) -> bool:
+        """Whether the guest has read the tag's header, within so long; the guest is not asked.
+
+        Its kernel looks for the header once, some milliseconds after the start of the device. On a
+        host so busy that QEMU's thread did not run meanwhile there was nothing to be seen, and the
+        guest has a raw device: unplugging and plugging it again, or binding nd_pmem anew in the
+        guest, is the cure. A guest without the driver has not looked yet.
+        """
+        endpoint = self._find(vm, device)
+        end = self._now() + deadline_ns
+        while (read := await asyncio.to_thread(endpoint.header_read)) is False:
+            if self._now() >= end or endpoint.state is State.CLOSED:
+                break
+            await endpoint.change(POLL_SECONDS)
+        return bool(read)
+
     async def revoke(
         self, vm: str, device: str, deadline_ns: Nanoseconds, *, scrap: bool = True
     ) -> Nanoseconds:
@@ -208,6 +226,10 @@ class VmWindows:
     async def mapped(self, device: str, deadline_ns: Nanoseconds) -> None:
         """See `Broker.mapped`."""
         await self._broker.mapped(self._vm, device, deadline_ns)
+
+    async def found(self, device: str, deadline_ns: Nanoseconds) -> bool:
+        """See `Broker.found`."""
+        return await self._broker.found(self._vm, device, deadline_ns)
 
     async def revoke(self, device: str, deadline_ns: Nanoseconds) -> None:
         """See `Broker.revoke`."""

@@ -154,14 +154,19 @@ class Endpoint:
         self._scrap = -1
         self._files: dict[str, int] = {}
         self.ranges: dict[procfs.Identity, list[procfs.Range]] = {}
-        self._header = _memory("tagmem-header", HEAD_BYTES)
+        self._header = -1
         self._header_bytes = header
-        self._header_at_rest = procfs.identity_of(self._header)
         try:
+            self._make_header()
             self.open_files()
         except (OSError, InvalidInput):
             self.close("cannot be opened")
             raise
+
+    def _make_header(self) -> None:
+        self._header = _memory("tagmem-header", HEAD_BYTES)
+        os.pwrite(self._header, self._header_bytes, HEADER_AT)
+        self._header_at_rest = procfs.identity_of(self._header)
 
     def open_files(self) -> None:
         """Open the tag's bytes. Raises InvalidInput, OSError."""
@@ -187,11 +192,14 @@ class Endpoint:
         self._listener = sockets.listen(path, lambda sock: self._accept(sockets, sock))
 
     def _accept(self, sockets: Sockets, connection: Connection) -> None:
-        if self.link is not None:
-            # The kernel closes a dead QEMU's end, so a second one is somebody else.
+        pid = connection.peer_pid
+        if self.link is not None and pid != self.pid:
+            # The kernel closes a dead QEMU's end, so this is somebody else.
             connection.close("the window has its front-end")
             return
-        pid = connection.peer_pid
+        if self.link is not None:
+            # A character device that reconnects may begin twice, and means the second one.
+            self.link.connection.close("the front-end connected again")
         if pid != self.pid and self.pid:
             # Another process: it cannot have what was mapped for the last one.
             self.window.dropped()
@@ -217,6 +225,9 @@ class Endpoint:
         self.window.doubt()
         if not self.window.certain and not self._maybe_mapped():
             self.window.dropped()
+            # A new one, on which no guest has looked or written yet.
+            os.close(self._header)
+            self._make_header()
         self.tell(State.STARTED)
         self.advance()
 
@@ -264,6 +275,17 @@ class Endpoint:
         if self._scrap >= 0:
             own.add(procfs.identity_of(self._scrap))
         return frozenset(own)
+
+    def header_read(self) -> bool | None:
+        """Whether the guest has found the header: its page came into QEMU's page table. None when
+        it looked before there was one, and made a raw device: that reads the first page as well.
+        """
+        try:
+            if os.lseek(self._header, 0, os.SEEK_DATA) == 0:
+                return None
+        except OSError:
+            return False
+        return procfs.touched(self.pid, self._header_at_rest, HEADER_AT)
 
     def _maybe_mapped(self) -> bool:
         ranges = {self._header_at_rest: [(0, HEAD_BYTES)], **self.ranges}

@@ -17,6 +17,7 @@ Identity = tuple[int, int]
 Range = tuple[int, int]
 """(offset, length) within a file."""
 
+_PAGE_BYTES = 4096
 _LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) \S{4} ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) ([0-9]+)", re.MULTILINE
 )
@@ -64,6 +65,26 @@ def holds(
         return Holds()
     except OSError as error:
         return Holds(unseen=error.strerror or "error")
+
+
+def touched(pid: int, identity: Identity, offset: int, proc: str = "/proc") -> bool:
+    """Whether process `pid`, or the guest that it runs, has used the page at `offset` of a file
+    through its mapping. False when that cannot be seen.
+    """
+    try:
+        with open(f"{proc}/{pid}/maps", "rb") as file:
+            text = file.read()
+        for match in _LINE.finditer(text):
+            start, end, at, major, minor = (int(group, 16) for group in match.groups()[:5])
+            inside = at <= offset < at + end - start
+            if inside and (os.makedev(major, minor), int(match.group(6))) == identity:
+                entry = 8 * ((start + offset - at) // _PAGE_BYTES)
+                with open(f"{proc}/{pid}/pagemap", "rb", buffering=0) as pages:
+                    found = os.pread(pages.fileno(), 8, entry)
+                return bool(int.from_bytes(found, "little") >> 63)
+    except OSError:
+        pass
+    return False
 
 
 def _mappings(path: str, ranges: Mapping[Identity, Sequence[Range]]) -> int:

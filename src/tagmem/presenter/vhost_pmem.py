@@ -59,7 +59,7 @@ class VhostPmem(Planned):
         granularity_bytes=2 * MIB,
         minimum_bytes=2 * MIB,
         pieces=True,
-        read_only=True,
+        read_only=False,  # QEMU 11.1 maps what it is given writable, whatever is asked
         header_bytes=common.HEADER_BYTES,
         migration="refused",
         stock_kernel=True,

@@ -136,7 +136,9 @@ def test_the_guest_sees_header_and_bytes(folder: Path) -> None:
         assert w.report().qemu_pid == w.driver.pid
         await w.order("start")
         await w.mapped()
+        assert not await w.broker.found("vm1", DEVICE, 0)
         header = parse_dax_header(await w.read(HEADER_AT, HEADER_SIZE))
+        assert await w.broker.found("vm1", DEVICE, 0)
         assert (header.tag, header.data_at, header.data_bytes) == (TAG, FIRST, 8 * MIB)
         assert await w.read(FIRST, 5) == b"FIRST"
         assert await w.read(SECOND_PIECE, 6) == b"SECOND"
@@ -145,6 +147,23 @@ def test_the_guest_sees_header_and_bytes(folder: Path) -> None:
         assert w.in_file("a", 100, 14) == b"from the guest"
         assert w.in_file("b", 2 * MIB + 100, 8) == b"and here"
         assert w.report().mapped_bytes == 8 * MIB
+
+    run(folder, scene)
+
+
+def test_a_guest_that_looked_too_early_is_noticed(folder: Path) -> None:
+    async def scene(w: World) -> None:
+        await attached(w)
+        # What a raw device's partition scan does, and a DAX device never.
+        await w.read(0, 512)
+        await w.read(HEADER_AT, 512)
+        assert not await w.broker.found("vm1", DEVICE, LONG)
+        # The next boot has a new chance.
+        await w.order("stop", drop=True)
+        await w.order("start")
+        await w.mapped()
+        await w.read(HEADER_AT, 512)
+        assert await w.broker.found("vm1", DEVICE, LONG)
 
     run(folder, scene)
 
