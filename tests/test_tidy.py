@@ -39,7 +39,15 @@ MAY_PRINT = ("src/tagmem/cli/render.py", "src/tagmem/demo/console.py")
 MAY_SLEEP = ("tests/system/waiting.py", "tests/vm/waiting.py")
 
 # Modules that something other than an import of ours starts.
-ENTRY_POINTS = frozenset({"tagmem", "tagmem.__main__", "tagmem.cli.main", "tagmem.cli.reference"})
+ENTRY_POINTS = frozenset(
+    {
+        "tagmem",
+        "tagmem.__main__",
+        "tagmem.cli.main",
+        "tagmem.cli.reference",
+        "tagmem.guest.__main__",
+    }
+)
 
 SKIPS = frozenset({"skip", "skipif", "skipIf", "skipUnless", "xfail", "importorskip", "skipTest"})
 

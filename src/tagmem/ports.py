@@ -333,3 +333,53 @@ class DaxDevices(Protocol):
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """(device, inode) of what a holder of this tag would have open, as far as it is known."""
         ...
+
+
+# ---- virtual machines of a host
+
+
+class HostTag(msgspec.Struct, frozen=True):
+    """A tag that this host has, as far as a hypervisor has to know it."""
+
+    tag: str
+    size_bytes: int
+    path: str
+    """The file that has its bytes."""
+    pieces: Sequence[MediaPiece]
+    """In the order of the tag's bytes."""
+    read_only: bool
+    shared: bool
+    """Other hosts have it too."""
+    dead_end: bool
+    """The file is cut off at release, and never another tag's."""
+    head_room_bytes: int
+    """In front of the first piece, and no capacity."""
+
+
+Emit = Callable[[Mapping[str, Any]], None]
+"""Tells the asker something before the answer, such as a command's output."""
+
+
+class Hypervisors(Protocol):
+    """The VMs of a host, and which tags are in them.
+
+    It keeps what it must know after a restart by a function that it is given, which returns when
+    that is durable: persist, then act.
+    """
+
+    async def restore(self, kept: Mapping[str, str]) -> None:
+        """Find again what was kept, in the world as it is now."""
+
+    async def call(self, request: Mapping[str, Any], emit: Emit) -> Mapping[str, Any]:
+        """Carry out one request of a person on this host. Raises TagmemError."""
+        ...
+
+    async def release(self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool) -> str:
+        """Take a tag out of every VM; why that did not work, or nothing.
+
+        Guests are asked for half of the time; then it is taken from them where it can be.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of them all; they run on."""

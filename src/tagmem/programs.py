@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from tagmem.agent.config import HostConfig
     from tagmem.appliance.config import ApplianceConfig
     from tagmem.orchestrator.config import OrchestratorConfig
-    from tagmem.ports import DaxDevices, Media, Store
+    from tagmem.ports import DaxDevices, Hypervisors, Media, Store
+    from tagmem.presenter.host import Keep, Tags
+    from tagmem.presenter.machine import VmSpec
 
 # ---- what every daemon has
 
@@ -130,6 +132,7 @@ def appliance(config: Path) -> int:
             settings.host_directories,
             pools,
             hugetlbfs=settings.hugetlbfs,
+            head_bytes=settings.head_bytes,
         )
         with (
             closing(media),
@@ -204,9 +207,61 @@ async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> N
     cgroup = find_cgroup(_cgroup_name(settings)) if settings.use_cgroup else None
     workloads = Workloads(Path(settings.state), Path(settings.run), cgroup)
     service = HostService(
-        settings, store, SystemClock(), devices, workloads, Prover(), stream.connect
+        settings,
+        store,
+        SystemClock(),
+        devices,
+        workloads,
+        Prover(),
+        stream.connect,
+        stream.listen,
+        lambda keep, tags: _hypervisors(settings, keep, tags),
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.stop)
     await service.run()
+
+
+def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags) -> Hypervisors:
+    """QEMU, with the broker in this process; guests without a kernel of their own are the lab's."""
+    from tagmem.io import stream
+    from tagmem.presenter.broker import Broker
+    from tagmem.presenter.host import Hypervisor
+
+    directory = Path(settings.run) / "vm"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return Hypervisor(directory, keep, tags, Broker(stream, directory), _machine_parts)
+
+
+async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
+    """The QEMU of that name or path, and the lab's kernel and initial RAM disk where none are
+    given.
+    """
+    import msgspec
+
+    from tagmem.lab import image, qemus
+    from tagmem.lab.boot import Lab
+    from tagmem.lab.spec import GuestSpec, kernel_line
+
+    if qemu in qemus.NAMES:
+        lab = Lab()
+        found = await asyncio.to_thread(lab.qemu, qemu)
+        accel = await lab.accel(found)
+        spec = msgspec.structs.replace(
+            spec,
+            qemu=found.argv,
+            environment=found.environment,
+            accel="kvm" if accel == "kvm" else "tcg,thread=multi",
+            cpu="max,host-phys-bits=on" if accel == "kvm" else "max,phys-bits=46",
+        )
+    else:
+        spec = msgspec.structs.replace(spec, qemu=(qemu,))
+    if spec.kernel:
+        return spec
+    made = await asyncio.to_thread(image.get)
+    directory = Path(spec.directory)
+    await asyncio.to_thread(directory.mkdir, 0o700, parents=True, exist_ok=True)
+    initrd = await asyncio.to_thread(image.initrd, made, directory)
+    append = f"{kernel_line(GuestSpec(name=spec.name))} {spec.append}".strip()
+    return msgspec.structs.replace(spec, kernel=str(made.kernel), initrd=str(initrd), append=append)

@@ -14,7 +14,7 @@ from tagmem.agent.policy import Limits
 from tagmem.base.errors import InvalidInput
 from tagmem.base.ids import parse_name
 from tagmem.base.limits import DAX_ALIGN_BYTES
-from tagmem.base.units import MILLISECOND, Dpa, parse_size
+from tagmem.base.units import MILLISECOND, Bytes, Dpa, parse_size
 
 
 class Appliance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,6 +25,12 @@ class Appliance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     socket: str = ""
     directory: str = ""
     """Where the appliance links the bytes that this host has accepted."""
+    head_room: int | str = 0
+    """What the appliance leaves in front of a tag's bytes in its file (its own `head_room`)."""
+
+    def head_bytes(self) -> Bytes:
+        """The head room in bytes."""
+        return _size(self.head_room, "appliance.head_room")
 
 
 class LimitsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,6 +87,9 @@ def parse(text: str, source: str = "host.toml") -> HostConfig:
         seen.add(appliance.name)
         if not appliance.socket and config.dax == "emulated":
             raise InvalidInput(f"{source}: appliance.socket", "a path", appliance.socket)
+        if appliance.head_bytes() % DAX_ALIGN_BYTES:
+            limit = f"a multiple of {DAX_ALIGN_BYTES} bytes"
+            raise InvalidInput(f"{source}: appliance.head_room", limit, appliance.head_room)
         if not 0 <= appliance.ld < 0xFFFF:
             raise InvalidInput(f"{source}: appliance.ld", "0 to 65534", appliance.ld)
     if config.dax == "kernel" and len(config.appliance) > 1:

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from tagmem.agent import records as r
+from tagmem.agent import vms
 from tagmem.agent.offers import GROUPS_MAX, Group, Link, Part
 from tagmem.agent.phases import Input, Phase, next_phase
 from tagmem.agent.policy import Limits, in_sequence, judge, region_of
@@ -43,6 +44,7 @@ class AgentMachine:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
+        self.vms = vms.VmTable()
         self._clear()
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             Tick: self._on_tick,
@@ -63,6 +65,8 @@ class AgentMachine:
             r.WithdrawFailed: self._on_withdraw_failed,
             r.HoldersChecked: self._on_holders_checked,
             r.WorkloadChanged: self._on_workload_changed,
+            vms.KeepVm: lambda event: self._changes.append(self.vms.keep(event)),
+            vms.GuestsAsked: self._on_guests_asked,
         }
 
     def _clear(self) -> None:
@@ -89,9 +93,13 @@ class AgentMachine:
     def restore(self, loaded: Loaded) -> None:
         """Forget everything and start from what the store has."""
         self._clear()
-        for kind, _, record in loaded.records:
+        self.vms.clear()
+        for kind, key, record in loaded.records:
             if kind == "epoch":
                 self._epoch = record.epoch
+                continue
+            if kind == vms.KIND:
+                self.vms.restore(key, record)
                 continue
             state = TagState.restore(record)
             self._tags[state.tag] = state
@@ -112,6 +120,10 @@ class AgentMachine:
     def next_deadline(self) -> Nanoseconds | None:
         """When a Tick is wanted at the latest."""
         return self._timers[0][0] if self._timers else None
+
+    def tag(self, tag: str) -> TagState | None:
+        """One tag, if it is known here."""
+        return self._tags.get(tag)
 
     def tags(self) -> Iterable[TagState]:
         """All that is known, for the local status."""
@@ -447,7 +459,14 @@ class AgentMachine:
             state.reason = f"process {first.pid} ({first.name}){more} {verb}"
         else:
             state.reason = f"nothing is proved: {event.reason}"
+        if why := self.vms.reasons.get(event.tag):
+            state.reason += f"; {why}"
         self._fire(state, Input.HELD)
+
+    def _on_guests_asked(self, event: vms.GuestsAsked) -> None:
+        self.vms.reasons.pop(event.tag, None)
+        if event.reason and event.tag in self._tags:
+            self.vms.reasons[event.tag] = event.reason
 
     def _on_workload_changed(self, event: r.WorkloadChanged) -> None:
         state = self._tags.get(event.tag)
@@ -588,6 +607,10 @@ class AgentMachine:
             self._effects.append(check)
         elif phase is Phase.BLOCKED:
             self._retry(state, RECHECK_NS)
+            if state.holders and (state.desired is None or state.desired.up_to == "detach"):
+                force = state.desired is not None and state.desired.kill_holders
+                due = state.deadline_ns("detach")
+                self._effects.append(vms.DetachGuests(0, tag, due, force))
             if state.desired is not None and state.desired.kill_holders and state.holders:
                 kill = r.KillHolders(0, state.appliance, tag, self._shared(state))
                 self._effects.append(kill)

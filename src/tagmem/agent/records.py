@@ -71,7 +71,13 @@ class EpochRecord(Record, frozen=True):
     epoch: int
 
 
-KINDS: dict[str, type[Record]] = {"tag": TagRecord, "epoch": EpochRecord}
+class VmDocument(Record, frozen=True):
+    """What the hypervisors keep of a VM, or of a tag in one. Key: the hypervisors' own."""
+
+    document: str
+
+
+KINDS: dict[str, type[Record]] = {"tag": TagRecord, "epoch": EpochRecord, "vm": VmDocument}
 """The agent's record kinds, by the name of their table."""
 
 

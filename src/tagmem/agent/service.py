@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,37 @@ from tagmem.agent import records as r
 from tagmem.agent.config import HostConfig
 from tagmem.agent.connection import Connection, Dial, close_quietly
 from tagmem.agent.kernel import KernelAppliance, KernelDax
+from tagmem.agent.local import Listen, LocalApi
 from tagmem.agent.loop import AgentMachine
 from tagmem.agent.mailbox import HostLink, MediaAnswer
 from tagmem.agent.proof import Prover, Target
 from tagmem.agent.session import OrchestratorSession
+from tagmem.agent.vms import DetachGuests, GuestsAsked, KeepVm
 from tagmem.agent.workloads import Workloads
+from tagmem.base.errors import NotFound, Unsupported
 from tagmem.engine import Engine
-from tagmem.ports import Clock, DaxDevices, DaxSource, Effect, Event, MediaPiece, Store
+from tagmem.ports import (
+    Clock,
+    DaxDevices,
+    DaxSource,
+    Effect,
+    Event,
+    Holding,
+    HostTag,
+    Hypervisors,
+    MediaPiece,
+    Store,
+)
 from tagmem.wire.agentapi import Hello, Observed, WorkloadReport
 from tagmem.wire.cci import ReturnCode, return_code_name
 from tagmem.wire.vendor import MediaLayout
 
 log = logging.getLogger(__name__)
 
+MakeHypervisors = Callable[
+    [Callable[[str, str | None], Awaitable[None]], Callable[[str], HostTag]], Hypervisors
+]
+"""Made when the engine runs: given how to keep a document, and how to look up a tag."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -105,12 +123,15 @@ class HostService:
         workloads: Workloads,
         prover: Prover,
         dial: Dial,
+        listen: Listen | None = None,
+        hypervisors: MakeHypervisors | None = None,
     ) -> None:
         self._config = config
         self._devices = devices
         self._workloads = workloads
         self._prover = prover
-        self.engine = Engine(AgentMachine(config.policy()), store, clock, self._perform)
+        self._machine = AgentMachine(config.policy())
+        self.engine = Engine(self._machine, store, clock, self._perform)
         hello = Hello(
             config.name, _BOOT_ID.read_text().strip(), {a.name: a.ld for a in config.appliance}
         )
@@ -125,6 +146,12 @@ class HostService:
                 link = HostLink(a.name)
                 connection = Connection(link, a.socket, clock, post, self._media, dial)
                 self.connections[a.name] = connection
+        self._make_hypervisors = hypervisors
+        self._listen = listen
+        self._vms: Hypervisors | None = None
+        self._local: LocalApi | None = None
+        self._detaching: dict[str, asyncio.Task[None]] = {}
+        self._head_bytes = {a.name: a.head_bytes() for a in config.appliance}
         self._tickets: dict[str, int] = {}
         self._surfacing: dict[str, r.Surface] = {}
         self._checking: dict[str, r.CheckHolders] = {}
@@ -153,6 +180,7 @@ class HostService:
             self.session.run(),
             *(connection.run() for connection in self.connections.values()),
             *(w.run() for w in (self._device_worker, self._proof_worker, self._workload_worker)),
+            self._serve_host(),
         ]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(part) for part in parts]
@@ -162,6 +190,21 @@ class HostService:
             for task in tasks[1:]:
                 task.cancel()
         self._workloads.close()
+        if self._local is not None:
+            self._local.close()
+        if self._vms is not None:
+            await self._vms.close()
+
+    async def _serve_host(self) -> None:
+        """Find the VMs again, then be there for people on this host."""
+        if self._make_hypervisors is not None:
+            vms = self._make_hypervisors(self._keep_vm, self._host_tag)
+            await vms.restore(dict(self._machine.vms.documents))
+            self._vms = vms
+        if self._listen is not None:
+            path = os.path.join(self._config.run, "agent.sock")
+            self._local = LocalApi(path, self._vms)
+            self._local.start(self._listen)
 
     def stop(self) -> None:
         """End `run` after the commit under way. Workloads go on; the next agent finds them."""
@@ -191,6 +234,8 @@ class HostService:
             self._proof_worker.order(effect)
         elif isinstance(effect, r.Launch | r.Signal):
             self._workload_worker.order(effect)
+        elif isinstance(effect, DetachGuests):
+            self._detach_guests(effect)
         elif isinstance(effect, r.EndSession):
             self.session.hang_up(effect.reason)
         elif isinstance(effect, r.Answer | r.Acknowledge | r.ReadDevice):
@@ -204,6 +249,45 @@ class HostService:
         if refused or tag in self._refused:
             (self._refused.add if refused else self._refused.discard)(tag)
             self._device_worker.order(_Refusal(0, tag, observed.reason if refused else ""))
+
+    # ---- VMs
+
+    async def _keep_vm(self, key: str, document: str | None) -> None:
+        await self.engine.submit(KeepVm(key, document))
+
+    def _host_tag(self, tag: str) -> HostTag:
+        """What the hypervisors have to know of a tag. Raises NotFound, Unsupported."""
+        state = self._machine.tag(tag)
+        path = self._devices.found().get(tag, "")
+        if state is None or not path or not state.in_use:
+            raise NotFound(f"tag {tag} is not attached to this host")
+        if not os.path.exists(path):
+            raise Unsupported(f"tag {tag}: its bytes have no file of their own on this host")
+        head = self._head_bytes.get(state.appliance, 0)
+        size = sum(length for _, length in state.extents)
+        desired = state.desired
+        return HostTag(
+            tag,
+            size,
+            path,
+            (MediaPiece(head, size),),
+            desired is not None and desired.read_only,
+            desired is not None and desired.shared,
+            dead_end=not isinstance(self._devices, KernelDax),
+            head_room_bytes=head,
+        )
+
+    def _detach_guests(self, order: DetachGuests) -> None:
+        """One at a time per tag; it is ordered again as long as somebody holds the tag."""
+        if self._vms is None or order.tag in self._detaching:
+            return
+        task = asyncio.get_running_loop().create_task(self._take_back(self._vms, order))
+        self._detaching[order.tag] = task
+        task.add_done_callback(lambda _: self._detaching.pop(order.tag, None))
+
+    async def _take_back(self, vms: Hypervisors, order: DetachGuests) -> None:
+        why = await vms.release(order.tag, order.deadline_ns, may_stop_vm=order.may_stop_vm)
+        self.engine.post(GuestsAsked(order.tag, why))
 
     def _source_path(self, appliance: str, tag: str) -> str:
         directory = self._directories.get(appliance, "")
@@ -268,7 +352,8 @@ class HostService:
         for order in orders:
             if isinstance(order, r.Surface):
                 path = self._source_path(order.appliance, order.tag)
-                self._make(order, path, (MediaPiece(0, order.size_bytes),))
+                head = self._head_bytes.get(order.appliance, 0)
+                self._make(order, path, (MediaPiece(head, order.size_bytes),))
             elif isinstance(order, _Placed):
                 self._make(order.surface, order.path, order.pieces)
                 if order.path:
@@ -352,7 +437,8 @@ class HostService:
             close_quietly(order.descriptor)
         for tag, proof in proofs.items():
             ticket = checks[tag][0].ticket
-            self._post(r.HoldersChecked(tag, ticket, proof.holders, proof.complete, proof.reason))
+            holders = tuple(Holding(*holder) for holder in proof.holders)
+            self._post(r.HoldersChecked(tag, ticket, holders, proof.complete, proof.reason))
 
     # ---- in the workload worker's thread
 

@@ -17,7 +17,11 @@ from tagmem.wire.agentapi import Phase as ShownPhase
 
 HOLDERS_SHOWN_MAX = 16
 """Holders that one observation names; the reason says how many there are."""
-RUNG_DEADLINES_NS: dict[str, Nanoseconds] = {"ask": 10 * SECOND, "stop": 5 * SECOND}
+RUNG_DEADLINES_NS: dict[str, Nanoseconds] = {
+    "ask": 10 * SECOND,
+    "stop": 5 * SECOND,
+    "detach": 30 * SECOND,
+}
 """How long a rung may take where the orchestrator does not say."""
 
 _SHOWN: dict[Phase, ShownPhase] = {

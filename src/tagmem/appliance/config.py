@@ -5,6 +5,7 @@ state_dir = "/var/lib/tagmem/z1"
 media_dir = "/dev/shm/tagmem-z1"      # default: /dev/shm/tagmem/<name>
 layout = "by-tag"                     # or "by-dpa"
 hugetlbfs = false                     # media_dir must be (on) a hugetlbfs
+head_room = 0                         # by-tag: left in front of each tag's bytes, for VMs: "2MiB"
 fm_socket = "/run/tagmem/z1/fm.sock"
 
 [[region]]                            # region 0
@@ -101,6 +102,7 @@ class ApplianceConfig(_Section, frozen=True):
     media_dir: str = ""
     layout: Literal["by-tag", "by-dpa"] = "by-tag"
     hugetlbfs: bool = False
+    head_room: Size = 0
     fm_event_log_records: Records = DC_EVENT_LOG_RECORDS_MAX
     extents_max: Annotated[int, Meta(ge=1, le=1 << 24)] = 262_144
     tags_max: Annotated[int, Meta(ge=1, le=1 << 20)] = 65_536
@@ -109,6 +111,11 @@ class ApplianceConfig(_Section, frozen=True):
     def media_path(self) -> Path:
         """Where the bytes are."""
         return Path(self.media_dir or f"{DEFAULT_MEDIA_DIR}/{self.name}")
+
+    @property
+    def head_bytes(self) -> Bytes:
+        """The head room of each tag's file."""
+        return _size(self.head_room, "head_room")
 
     def host_directory(self, ld: int) -> str:
         """Where one host finds its tags."""
@@ -172,6 +179,10 @@ class ApplianceConfig(_Section, frozen=True):
         """Raise InvalidInput for the first key whose value cannot be."""
         parse_name(self.name, "name")
         self.spec()
+        if self.head_bytes % (2 * MIB) or self.head_bytes > GIB:
+            raise InvalidInput("head_room", "a multiple of 2 MiB up to 1 GiB", self.head_room)
+        if self.head_bytes and self.layout != "by-tag":
+            raise InvalidInput("head_room", "0 where the layout is by-dpa", self.head_room)
         names: set[str] = set()
         sockets = {self.fm_socket}
         _socket(self.fm_socket, "fm_socket")

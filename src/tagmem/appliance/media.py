@@ -120,11 +120,22 @@ class _FileMedia:
 
 
 class ByTagMedia(_FileMedia):
-    """One file per allocation."""
+    """One file per allocation.
+
+    `head_bytes` of each file in front of its bytes are no capacity: room for the header that shows
+    the tag to a guest. They are wiped and given up with the rest.
+    """
+
+    def __init__(
+        self, directory: Path, host_directories: Iterable[str], *, head_bytes: Bytes = 0
+    ) -> None:
+        super().__init__(directory, host_directories)
+        self._head_bytes = head_bytes
 
     def positions(self, pieces: Iterable[tuple[int, int, int]]) -> tuple[MediaPiece, ...]:
         """Offsets in the allocation's own file."""
-        return tuple([MediaPiece(at, length) for _, length, at in pieces])
+        head = self._head_bytes
+        return tuple([MediaPiece(head + at, length) for _, length, at in pieces])
 
     def create(self, allocation: str, pool: int, pieces: Sequence[MediaPiece]) -> None:
         """The file at its full length, unless it is there: an application may have cut it since."""
@@ -392,6 +403,7 @@ def open_media(
     pools: Mapping[int, Bytes],
     *,
     hugetlbfs: bool = False,
+    head_bytes: Bytes = 0,
 ) -> ByTagMedia | ByDpaMedia:
     """The media in `directory`, made if missing.
 
@@ -401,7 +413,7 @@ def open_media(
         raise InvalidInput("media_dir", "on a hugetlbfs (hugetlbfs = true)", str(directory))
     if layout == "by-dpa":
         return ByDpaMedia(directory, host_directories, pools)
-    media = ByTagMedia(directory, host_directories)
+    media = ByTagMedia(directory, host_directories, head_bytes=head_bytes)
     device = os.stat(media.media).st_dev
     for host in host_directories:
         if os.stat(host).st_dev != device:

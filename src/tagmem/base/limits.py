@@ -46,6 +46,12 @@ COMMAND_ARGUMENTS_MAX = 256
 COMMAND_BYTES_MAX = 32 * KIB
 WORKLOAD_LOG_BYTES_MAX = 1 * GIB
 
+VHOST_MEMORY_SLOTS_MAX = 256
+"""Regions of guest memory that a vhost-user front-end may tell (QEMU's own bound on x86)."""
+WINDOW_PIECES_MAX = 128
+"""Runs of bytes that a guest's window is made of. Each is a memory slot of the hypervisor, and QEMU
+tells a back-end of at most 256, its RAM among them."""
+
 FM_REQUEST_DEADLINE_NS = 5 * SECOND
 MAILBOX_REQUEST_DEADLINE_NS = 5 * SECOND
 """Linux gives a mailbox command 2 s; sockets get a little more."""
@@ -60,3 +66,5 @@ if 32 + 40 * EXTENTS_PER_ADD_MAX > CCI_PAYLOAD_BYTES_MAX:
     raise ValueError("the largest prescriptive add must fit in one CCI payload")
 if min(EXTENTS_PER_ADD_MAX, DC_EVENT_LOG_RECORDS_MAX) < EXTENTS_PER_CAPACITY_MAX:
     raise ValueError("a capacity's extents must fit in one add and in one host's event log")
+if 2 * WINDOW_PIECES_MAX > VHOST_MEMORY_SLOTS_MAX:
+    raise ValueError("a window must leave memory slots for the guest's RAM")

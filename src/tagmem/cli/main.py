@@ -18,6 +18,9 @@ from tagmem.cli.base import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, Command, Group
 from tagmem.cli.capacity import capacity
 from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
+from tagmem.cli.guest import guest
+from tagmem.cli.lab import lab
+from tagmem.cli.vm import vm
 from tagmem.cli.watch import events, explain
 from tagmem.cli.workload import EXIT_INTERRUPTED, run, stop
 
@@ -73,6 +76,9 @@ for command in (
     host,
     appliance,
     orchestrator,
+    guest,
+    lab,
+    vm,
     completion,
 ):
     cli.add_command(command)

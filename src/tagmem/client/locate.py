@@ -7,7 +7,8 @@ cannot be helped.
 
 The run directory is described in docs/ARCHITECTURE.md: `by-tag/<uuid>` is a link into `daxR.N/`,
 whose text attributes have one value and a newline, as sysfs has. The kernel's surface is
-`/sys/bus/dax/devices/daxX.Y/uuid` (DCD series).
+`/sys/bus/dax/devices/daxX.Y/uuid` (DCD series). A guest's agent keeps the same directory, whose
+bytes are a link to a DAX device or a BAR.
 """
 
 from __future__ import annotations
@@ -180,11 +181,24 @@ def _in_run_dir(tag: Tag, run_dir: str) -> Device | None:
         size = _integer(_attribute(folder, "size"))
         align = _integer(_attribute(folder, "align"))
         read_only = _attribute(folder, "read_only") not in ("", "0")
-        pieces = ((0, size),) if os.path.exists(path) else _pieces(folder, size)
+        whole = f'[{{"offset":0,"length":{size}}}]'
+        plain = os.path.exists(path) and _attribute(folder, "extents") in ("", whole)
+        pieces = ((0, size),) if plain else _pieces(folder, size)
+        # In a guest the name stands for a device of the kernel's, which has nothing to write back.
+        emulated = _attribute(folder, "mode") != "bar" and not _is_device(path)
     except (OSError, ValueError):
         # Half made or half gone: the agent makes the link last and takes it away first.
         return None
-    return Device(tag, path, size, align, read_only=read_only, emulated=True, pieces=pieces)
+    return Device(tag, path, size, align, read_only=read_only, emulated=emulated, pieces=pieces)
+
+
+def _is_device(path: str) -> bool:
+    import stat
+
+    try:
+        return stat.S_ISCHR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _in_sysfs(tag: Tag, sysfs: str, dev: str) -> Device | None:

@@ -187,6 +187,31 @@ def _close_all(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
+def adopt(descriptor: int) -> Connection:
+    """A connection of a socket that somebody gave us, which belongs to it from now on.
+
+    Raises InvalidInput, the descriptor closed, when it is not a connected Unix stream socket.
+    """
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            raise OSError(0, "not a socket")
+        sock = socket.socket(fileno=descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise InvalidInput("descriptor", "a Unix stream socket", error.strerror) from None
+    try:
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise InvalidInput("descriptor", "a Unix stream socket", sock.family.name)
+        sock.getpeername()
+        return Connection(sock)
+    except OSError as error:
+        sock.close()
+        raise InvalidInput("descriptor", "a connected socket", error.strerror) from None
+    except InvalidInput:
+        sock.close()
+        raise
+
+
 class Listener:
     """A listening Unix socket; each connection is given to `accept`."""
 

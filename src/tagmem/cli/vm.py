@@ -1,0 +1,287 @@
+"""`tagmem vm`: virtual machines on this host, and tags in them, through this host's agent.
+
+The agent is asked over `<run>/agent.sock` (agent/local.py): a VM is this host's affair, and only
+who may become the agent may start one. What the agent refuses ends with the same exit codes as
+everywhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import click
+
+from tagmem.base.errors import (
+    Conflict,
+    InvalidInput,
+    NotFound,
+    OutcomeUnknown,
+    RemoteError,
+    Retry,
+    StorageFailed,
+    TagmemError,
+    Unsupported,
+)
+from tagmem.cli.base import Group, Seconds, Size
+from tagmem.cli.render import Column, joined, show_fields, show_json, show_table, size_writer
+
+LINE_BYTES_MAX = 1 << 20
+WAYS = ("auto", "vhost-pmem", "pmem", "ivshmem", "nvdimm", "dimm", "virtio-mem")
+NEEDS = ("guaranteed", "dax", "ram", "live_migration", "discoverable")
+
+
+class AgentUnreachable(TagmemError):
+    """No host agent answers here."""
+
+    retry = Retry.LATER
+
+
+class _Invalid(InvalidInput):
+    """The agent's own words."""
+
+    def __init__(self, text: str) -> None:
+        TagmemError.__init__(self, text)
+
+
+class _Remote(RemoteError):
+    """QEMU's or a guest's refusal, in the agent's words."""
+
+    def __init__(self, text: str) -> None:
+        TagmemError.__init__(self, text)
+
+
+_ERRORS: Mapping[str, Callable[[str], TagmemError]] = {
+    "not-found": NotFound,
+    "conflict": Conflict,
+    "unsupported": Unsupported,
+    "unknown": OutcomeUnknown,
+    "storage": StorageFailed,
+    "invalid": _Invalid,
+    "remote": _Remote,
+}
+
+
+def ask(run_dir: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The agent's lines, the last one with `done`. Raises what the agent answered, and
+    AgentUnreachable.
+    """
+    path = os.path.join(run_dir, "agent.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+        try:
+            link.connect(path)
+        except OSError as error:
+            raise AgentUnreachable(f"no host agent at {path} ({error.strerror})") from None
+        link.sendall(json.dumps(request).encode() + b"\n")
+        with link.makefile("rb") as lines:
+            while line := lines.readline(LINE_BYTES_MAX):
+                answer = json.loads(line)
+                if "error" in answer:
+                    kind = _ERRORS.get(answer.get("kind", ""), TagmemError)
+                    raise kind(str(answer["error"]))
+                yield answer
+                if answer.get("done"):
+                    return
+    raise OutcomeUnknown(f"the host agent at {path} hung up before it answered")
+
+
+def _one(ctx: click.Context, verb: str, **request: Any) -> dict[str, Any]:
+    *_, last = ask(ctx.obj["run_dir"], {"vm": verb, **request})
+    return {name: value for name, value in last.items() if name != "done"}
+
+
+def _is_json(output: str | None) -> bool:
+    return (output or ("table" if sys.stdout.isatty() else "json")) == "json"
+
+
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    help="Table on a terminal, JSON elsewhere, unless said.",
+)
+
+
+@click.group(
+    "vm",
+    cls=Group,
+    short_help="Virtual machines of this host, and tags in them.",
+    example="tagmem vm start db1 --memory 1G --cpus 2",
+)
+@click.option(
+    "--run-dir",
+    envvar="TAGMEM_RUN_DIR",
+    default="/run/tagmem",
+    show_default=True,
+    metavar="DIR",
+    help="The run directory of this host's agent.",
+)
+@click.pass_context
+def vm(ctx: click.Context, run_dir: str) -> None:
+    """Start or adopt VMs on this host, put tags into them, and take them back."""
+    ctx.obj = {"run_dir": run_dir}
+
+
+@vm.command("start", short_help="Start a VM.", example="tagmem vm start db1 --memory 1G --cpus 2")
+@click.argument("name")
+@click.option("--memory", type=Size(), default="1G", show_default=True, help="The guest's RAM.")
+@click.option("--cpus", type=click.IntRange(1, 64), default=1, show_default=True)
+@click.option("--qemu", default="11.1", show_default=True, help="`10.0`, `11.1` or a program.")
+@click.option("--kernel", default="", help="Instead of the lab's; needs --initrd too.")
+@click.option("--initrd", default="", help="It has to bring the guest agent along.")
+@click.option("--append", default="", help="More words of the kernel's command line.")
+@click.option("--nvdimm", is_flag=True, help="Allow NVDIMMs to be plugged in.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="For the guest's agent.")
+@output_option
+@click.pass_context
+def start(ctx: click.Context, /, memory: int, output: str | None, **given: Any) -> None:
+    """Start a VM with the guest agent in it; it outlives the host agent."""
+    _show(_one(ctx, "start", memory_bytes=memory, **given), output)
+
+
+@vm.command(
+    "adopt",
+    short_help="Take up a VM that somebody else started.",
+    example="tagmem vm adopt db1 --qmp /run/db1.qmp",
+)
+@click.argument("name")
+@click.option("--qmp", required=True, help="The Unix socket of its QMP.")
+@click.option("--agent", default="", help="The Unix socket of its guest agent's port.")
+@click.option("--pid", type=int, default=0, help="QEMU's, where its socket was made by another.")
+@output_option
+@click.pass_context
+def adopt(ctx: click.Context, /, output: str | None, **given: Any) -> None:
+    """Present tags to a QEMU that runs, as far as its machine allows; says what is missing."""
+    told = _one(ctx, "adopt", **given)
+    _show(told, output)
+    for line in told.get("missing", ()):
+        click.echo(f"missing: {line}", err=True)
+
+
+@vm.command("list", short_help="The VMs of this host.", example="tagmem vm list")
+@output_option
+@click.pass_context
+def list_vms(ctx: click.Context, output: str | None) -> None:
+    """List VMs."""
+    found = _one(ctx, "list")["vms"]
+    if _is_json(output):
+        show_json(found)
+        return
+    columns = [
+        Column("VM", lambda row: row["name"]),
+        Column("STATE", lambda row: row["state"]),
+        Column("QEMU", lambda row: row.get("qemu", "-")),
+        Column("PID", lambda row: str(row["pid"] or "-")),
+        Column("TAGS", lambda row: joined(shown["tag"] for shown in row["tags"])),
+    ]
+    show_table(found, columns)
+
+
+@vm.command("show", short_help="One VM.", example="tagmem vm show db1")
+@click.argument("name")
+@output_option
+@click.pass_context
+def show(ctx: click.Context, name: str, output: str | None) -> None:
+    """Show a VM: its slots, what it lacks, the tags in it."""
+    _show(_one(ctx, "show", name=name), output)
+
+
+@vm.command(
+    "attach", short_help="Put a tag into a VM.", example="tagmem vm attach db1 $TAG --as auto"
+)
+@click.argument("name")
+@click.argument("tag")
+@click.option("--as", "way", type=click.Choice(WAYS), default="auto", show_default=True)
+@click.option("--need", type=click.Choice(NEEDS), multiple=True, help="May be repeated.")
+@click.option("--overwrite", is_flag=True, help="What the tag has may be lost (dimm, virtio-mem).")
+@output_option
+@click.pass_context
+def attach(ctx: click.Context, /, need: tuple[str, ...], output: str | None, **given: Any) -> None:
+    """Present a tag of this host to a VM, while it runs."""
+    told = _one(ctx, "attach", need=dict.fromkeys(need, True), **given)
+    if told.get("warning"):
+        click.echo(f"tagmem: note: {told['warning']}", err=True)
+    _show(told, output)
+
+
+@vm.command("detach", short_help="Take a tag back.", example="tagmem vm detach db1 $TAG")
+@click.argument("name")
+@click.argument("tag")
+@click.option("--timeout", type=Seconds(), default="10s", show_default=True)
+@click.option("--force", is_flag=True, help="End its holders; take the bytes where that can be.")
+@click.option("--stop-vm", is_flag=True, help="If nothing else helps, end the VM.")
+@output_option
+@click.pass_context
+def detach(
+    ctx: click.Context,
+    name: str,
+    tag: str,
+    timeout: float,
+    force: bool,
+    stop_vm: bool,
+    output: str | None,
+) -> None:
+    """Take a tag out of a VM, proved; or say who holds it in the guest."""
+    told = _one(
+        ctx,
+        "detach",
+        name=name,
+        tag=tag,
+        deadline_ns=int(timeout * 1e9),
+        force=force or stop_vm,
+        may_stop_vm=stop_vm,
+    )
+    _show(told, output)
+
+
+@vm.command("stop", short_help="End a VM.", example="tagmem vm stop db1")
+@click.argument("name")
+@output_option
+@click.pass_context
+def stop_vm(ctx: click.Context, name: str, output: str | None) -> None:
+    """End a VM as a pulled plug would; the tags in it are free of it then."""
+    _show(_one(ctx, "stop", name=name), output)
+
+
+@vm.command(
+    "exec",
+    short_help="Run a command in a guest.",
+    example="tagmem vm exec db1 --tag $TAG -- ./app {dax}",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--tag", default="", help="Fills in {dax}, {tag} and {size}, and sets TAGMEM_*.")
+@click.pass_context
+def execute(ctx: click.Context, name: str, command: tuple[str, ...], tag: str) -> NoReturn:
+    """Run a command in a guest; its output and exit code are this command's."""
+    code = 1
+    request = {"vm": "exec", "name": name, "argv": command, "tag": tag}
+    for told in ask(ctx.obj["run_dir"], request):
+        if "data" in told:
+            data = base64.b64decode(told["data"])
+            click.echo(data, nl=False, err=told.get("stream") == 2)
+        elif told.get("done"):
+            code = int(told["exit_code"])
+    raise click.exceptions.Exit(code)
+
+
+def _show(told: Mapping[str, Any], output: str | None) -> None:
+    if _is_json(output):
+        show_json(told)
+        return
+    write = size_writer(human=False)
+    fields = []
+    for name, value in told.items():
+        if name == "facts":
+            continue
+        text = write(value) if name.endswith("_bytes") and isinstance(value, int) else value
+        if isinstance(value, list):
+            text = joined(item["tag"] if isinstance(item, dict) else str(item) for item in value)
+        fields.append((name.replace("_", " "), str(text)))
+    show_fields(fields)

@@ -1,0 +1,1 @@
+"""Ways for a hypervisor to present tagged memory to a guest, behind one contract."""

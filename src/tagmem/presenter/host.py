@@ -1,0 +1,524 @@
+"""All VMs of one host: started, adopted, found again, and which tags are in them.
+
+What is needed after a restart is kept before it is acted upon: a VM before its QEMU is started, a
+presentation before its first step. A QEMU that ends takes its presentations with it, because
+nothing can reach the bytes through it any more; one that cannot be reached keeps them, and the tag
+stays held. The bytes of a tag are released by nobody here: the host's proof looks at QEMU's process
+like at any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from tagmem.base.errors import (
+    Conflict,
+    InvalidInput,
+    NotFound,
+    OutcomeUnknown,
+    RemoteError,
+    TagmemError,
+)
+from tagmem.base.ids import parse_name, parse_tag
+from tagmem.base.units import GIB, SECOND, Bytes, Nanoseconds
+from tagmem.ports import Emit, HostTag
+from tagmem.presenter import survey
+from tagmem.presenter.broker import Broker
+from tagmem.presenter.choose import AUTO, all_presenters, pick
+from tagmem.presenter.common import device_id
+from tagmem.presenter.contract import (
+    Detached,
+    Need,
+    Piece,
+    Presentation,
+    Request,
+    Tagged,
+    Value,
+)
+from tagmem.presenter.machine import VmSpec
+from tagmem.presenter.qemu import Vm, started_at
+from tagmem.presenter.window import Goal
+from tagmem.wire import guest
+
+log = logging.getLogger(__name__)
+
+VMS_MAX = 256
+BOOT_NS = 120 * SECOND
+STOP_NS = 10 * SECOND
+EXEC_NS_MAX = 24 * 3600 * SECOND
+
+T = TypeVar("T", bound=Value)
+Keep = Callable[[str, str | None], Awaitable[None]]
+"""(key, document): durable when it returns; None forgets."""
+Tags = Callable[[str], HostTag]
+"""Raises NotFound for a tag that this host does not have."""
+Parts = Callable[[VmSpec, str], Awaitable[VmSpec]]
+"""Completes a machine that names no kernel: QEMU by name, kernel and initial RAM disk."""
+
+
+class VmRecord(Value, frozen=True):
+    """What is kept of a VM. Key: `vm/NAME`."""
+
+    name: str
+    qmp: str
+    agent: str = ""
+    pid: int = 0
+    """0: it was to be started."""
+    started_at: int = 0
+    """When the process began, in the kernel's ticks: a number alone may be another's by now."""
+    directory: str = ""
+    """Empty: somebody else started it."""
+
+
+class Start(Value, frozen=True):
+    """`start`."""
+
+    name: str
+    memory_bytes: Bytes = 1 * GIB
+    cpus: int = 1
+    qemu: str = "11.1"
+    kernel: str = ""
+    initrd: str = ""
+    append: str = ""
+    nvdimm: bool = False
+    wait: bool = True
+    """Until the guest's agent answers."""
+
+
+class Adopt(Value, frozen=True):
+    """`adopt`."""
+
+    name: str
+    qmp: str
+    agent: str = ""
+    pid: int = 0
+
+
+class Named(Value, frozen=True):
+    """`show`, `stop`."""
+
+    name: str
+
+
+class Attach(Value, frozen=True):
+    """`attach`."""
+
+    name: str
+    tag: str
+    way: str = AUTO
+    overwrite: bool = False
+    """What the tag has may be lost."""
+    need: Need = Need()
+
+
+class Detach(Value, frozen=True):
+    """`detach`."""
+
+    name: str
+    tag: str
+    deadline_ns: Nanoseconds = 10 * SECOND
+    force: bool = False
+    may_stop_vm: bool = False
+
+
+class Run(Value, frozen=True):
+    """`exec`."""
+
+    name: str
+    argv: tuple[str, ...]
+    tag: str = ""
+    env: dict[str, str] = {}
+
+
+class _Entry:
+    """One VM: what is kept, the process if it was reached, what is in it."""
+
+    def __init__(self, record: VmRecord) -> None:
+        self.record = record
+        self.vm: Vm | None = None
+        self.trouble = ""
+        self.lock = asyncio.Lock()
+        """One attach or detach at a time: slots are judged and taken in one go."""
+
+
+class Hypervisor:
+    """`ports.Hypervisors` with QEMU."""
+
+    def __init__(
+        self, directory: Path, keep: Keep, tags: Tags, broker: Broker, parts: Parts
+    ) -> None:
+        self._directory = directory
+        self._keep = keep
+        self._tags = tags
+        self._broker = broker
+        self._parts = parts
+        self._ways = all_presenters()
+        self._entries: dict[str, _Entry] = {}
+        self._shown: dict[tuple[str, str], Presentation] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- after a restart
+
+    async def restore(self, kept: Mapping[str, str]) -> None:
+        """See `ports.Hypervisors`."""
+        for key, document in kept.items():
+            if key.startswith("vm/"):
+                record = msgspec.json.decode(document, type=VmRecord)
+                self._entries[record.name] = _Entry(record)
+        for key, document in kept.items():
+            if key.startswith("tag/"):
+                shown = msgspec.json.decode(document, type=Presentation)
+                self._shown[shown.vm, shown.tagged.tag] = shown
+        for entry in list(self._entries.values()):
+            await self._find_again(entry)
+
+    async def _find_again(self, entry: _Entry) -> None:
+        record = entry.record
+        if record.pid and started_at(record.pid) != record.started_at:
+            await self._ended(record.name)
+            return
+        try:
+            self._reopen(record)
+            vm = await Vm.adopt(
+                record.name,
+                record.qmp,
+                pid=record.pid,
+                agent_path=record.agent,
+                windows=self._broker.windows(record.name),
+            )
+        except NotFound:
+            if record.pid:
+                entry.trouble = f"process {record.pid} runs, and nobody answers at {record.qmp}"
+            else:
+                await self._ended(record.name)
+        except TagmemError as error:
+            entry.trouble = str(error)
+        else:
+            self._have(entry, vm)
+
+    def _reopen(self, record: VmRecord) -> None:
+        """Serve the windows that QEMU may have still; it connects again by itself."""
+        for shown in self._of(record.name):
+            if shown.presenter == "vhost-pmem":
+                goal = Goal.REVOKED if shown.state == "revoked" else Goal.PRESENTED
+                self._broker.open(
+                    record.name, shown.device, shown.tagged, adopt=goal, qemu_pid=record.pid
+                )
+
+    async def close(self) -> None:
+        """See `ports.Hypervisors`."""
+        for entry in self._entries.values():
+            if entry.vm is not None:
+                entry.vm.on_gone = lambda: None
+                await entry.vm.close()
+        self._broker.close()
+
+    # ---- what is kept
+
+    async def _keep_value(self, key: str, value: Value | None) -> None:
+        await self._keep(key, None if value is None else msgspec.json.encode(value).decode())
+
+    async def _show(self, shown: Presentation) -> None:
+        self._shown[shown.vm, shown.tagged.tag] = shown
+        await self._keep_value(f"tag/{shown.vm}/{shown.tagged.tag}", shown)
+
+    async def _hide(self, vm: str, tag: str) -> None:
+        if self._shown.pop((vm, tag), None) is not None:
+            await self._keep_value(f"tag/{vm}/{tag}", None)
+
+    def _of(self, name: str) -> list[Presentation]:
+        return [shown for (vm, _), shown in self._shown.items() if vm == name]
+
+    # ---- VMs come and go
+
+    def _have(self, entry: _Entry, vm: Vm) -> None:
+        entry.vm, entry.trouble = vm, ""
+
+        def gone() -> None:
+            task = asyncio.get_running_loop().create_task(self._ended(entry.record.name))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        vm.on_gone = gone
+        if vm.gone:
+            gone()
+
+    async def _ended(self, name: str) -> None:
+        """Its QEMU is no more, so nothing of a tag is in it."""
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            return
+        log.info("VM %s has ended", name)
+        for shown in self._of(name):
+            self._broker.forget(name, shown.device)
+            await self._hide(name, shown.tagged.tag)
+        await self._keep_value(f"vm/{name}", None)
+        if entry.vm is not None:
+            await entry.vm.close()
+
+    def _new(self, name: str) -> None:
+        parse_name(name, "name")
+        if name in self._entries:
+            raise Conflict(f"there is a VM {name} already")
+        if len(self._entries) >= VMS_MAX:
+            raise Conflict(f"there are {VMS_MAX} VMs, which is the most")
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            known = ", ".join(sorted(self._entries)) or "none"
+            raise NotFound(f"no VM {name} on this host; there are: {known}")
+        return entry
+
+    def _vm(self, entry: _Entry) -> Vm:
+        if entry.vm is None:
+            raise OutcomeUnknown(
+                f"VM {entry.record.name}: {entry.trouble or 'it is being started'}"
+            )
+        return entry.vm
+
+    async def _start(self, request: Start) -> dict[str, Any]:
+        self._new(request.name)
+        directory = self._directory / request.name
+        spec = VmSpec(
+            request.name,
+            str(directory),
+            memory_bytes=request.memory_bytes,
+            cpus=request.cpus,
+            kernel=request.kernel,
+            initrd=request.initrd,
+            append=request.append,
+            nvdimm=request.nvdimm,
+        )
+        record = VmRecord(
+            request.name, f"{directory}/qmp", f"{directory}/agent", directory=str(directory)
+        )
+        entry = self._entries[request.name] = _Entry(record)
+        try:
+            spec = await self._parts(spec, request.qemu)
+            await self._keep_value(f"vm/{request.name}", record)
+            vm = await Vm.start(spec, self._broker.windows(request.name))
+        except TagmemError:
+            await self._ended(request.name)
+            raise
+        entry.record = msgspec.structs.replace(record, pid=vm.pid, started_at=started_at(vm.pid))
+        await self._keep_value(f"vm/{request.name}", entry.record)
+        self._have(entry, vm)
+        if request.wait and vm.guest is not None:
+            await vm.guest.greeted(BOOT_NS)
+        return await self._describe(entry)
+
+    async def _adopt(self, request: Adopt) -> dict[str, Any]:
+        self._new(request.name)
+        vm = await Vm.adopt(
+            request.name,
+            request.qmp,
+            pid=request.pid,
+            agent_path=request.agent,
+            windows=self._broker.windows(request.name),
+        )
+        record = VmRecord(request.name, request.qmp, request.agent, vm.pid, started_at(vm.pid))
+        entry = self._entries[request.name] = _Entry(record)
+        await self._keep_value(f"vm/{request.name}", record)
+        self._have(entry, vm)
+        return await self._describe(entry)
+
+    async def _stop(self, request: Named) -> dict[str, Any]:
+        entry = self._entry(request.name)
+        await self._vm(entry).stop(STOP_NS)
+        await self._ended(request.name)
+        return {"name": request.name, "state": "ended"}
+
+    async def _list(self) -> dict[str, Any]:
+        return {"vms": [await self._describe(entry) for entry in self._entries.values()]}
+
+    async def _describe(self, entry: _Entry, *, whole: bool = False) -> dict[str, Any]:
+        record = entry.record
+        told: dict[str, Any] = {
+            "name": record.name,
+            "pid": record.pid,
+            "qmp": record.qmp,
+            "started_by_us": bool(record.directory),
+            "state": "unknown",
+            "trouble": entry.trouble,
+            "tags": [_brief(shown) for shown in self._of(record.name)],
+        }
+        if entry.vm is None:
+            return told
+        try:
+            facts = await entry.vm.facts()
+        except TagmemError as error:
+            return told | {"trouble": str(error)}
+        told |= {"state": facts.state, "qemu": ".".join(map(str, facts.qemu)), "accel": facts.accel}
+        told["missing"] = survey.missing(facts)
+        if whole:
+            told["facts"] = msgspec.to_builtins(facts)
+        return told
+
+    # ---- tags come and go
+
+    async def _attach(self, request: Attach) -> dict[str, Any]:
+        tag = parse_tag(request.tag)
+        entry = self._entry(request.name)
+        vm = self._vm(entry)
+        async with entry.lock:
+            tagged = _tagged(self._tags(tag), overwrite=request.overwrite)
+            self._only_here(request.name, tag)
+            wanted = Request(tagged, request.need)
+            way, choice = pick(self._ways, wanted, await vm.facts(), request.way)
+            name = way.describe().name
+            begun = Presentation(tagged, request.name, name, device_id(tag), "attaching")
+            await self._show(begun)
+            try:
+                shown = await way.attach(wanted, vm)
+            except OutcomeUnknown:
+                raise  # Something of it may be there: it stays on record, and a detach clears it.
+            except TagmemError:
+                await self._hide(request.name, tag)
+                raise
+            await self._show(shown)
+        return _brief(shown) | {"why": choice.why, "warning": shown.warning}
+
+    def _only_here(self, vm: str, tag: str) -> None:
+        """One VM at a time: two would write the same bytes without knowing of each other."""
+        holder = next((name for name, shown in self._shown if shown == tag), None)
+        if holder is not None:
+            raise Conflict(f"tag {tag} is in VM {holder}" + (" already" if holder == vm else ""))
+
+    async def _detach(self, request: Detach) -> dict[str, Any]:
+        tag = parse_tag(request.tag)
+        shown = self._shown.get((request.name, tag))
+        if shown is None:
+            self._entry(request.name)
+            raise NotFound(f"tag {tag} is not in VM {request.name}")
+        ended = await self._take(
+            shown, request.deadline_ns, force=request.force, may_stop_vm=request.may_stop_vm
+        )
+        if not ended.done:
+            hint = "" if request.force else "; --force goes on where it can"
+            raise Conflict(f"tag {tag} stays in VM {request.name}: {ended.reason}{hint}")
+        told: dict[str, Any] = msgspec.to_builtins(ended)
+        return told | {"tag": tag, "name": request.name}
+
+    async def _take(
+        self, shown: Presentation, deadline_ns: Nanoseconds, *, force: bool, may_stop_vm: bool
+    ) -> Detached:
+        entry = self._entries.get(shown.vm)
+        if entry is None:
+            return Detached(done=True, rung="stop-vm", reason="QEMU has ended")
+        vm = self._vm(entry)
+        async with entry.lock:
+            ended = await self._ways[shown.presenter].detach(
+                shown, vm, deadline_ns=deadline_ns, force=force, may_stop_vm=may_stop_vm
+            )
+            if ended.presentation is not None:
+                await self._show(ended.presentation)
+            elif ended.done:
+                await self._hide(shown.vm, shown.tagged.tag)
+        return ended
+
+    async def release(self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool) -> str:
+        """See `ports.Hypervisors`."""
+        reasons = []
+        for (name, held), shown in list(self._shown.items()):
+            if held != tag:
+                continue
+            try:
+                ended = await self._take(shown, deadline_ns // 2, force=False, may_stop_vm=False)
+                if not ended.done:
+                    left = ended.presentation or shown
+                    ended = await self._take(
+                        left, deadline_ns // 2, force=True, may_stop_vm=may_stop_vm
+                    )
+            except TagmemError as error:
+                reasons.append(f"VM {name}: {error}")
+                continue
+            if not ended.done:
+                reasons.append(f"VM {name}: {ended.reason}")
+        return "; ".join(reasons)
+
+    # ---- in a guest
+
+    async def _run(self, request: Run, emit: Emit) -> dict[str, Any]:
+        vm = self._vm(self._entry(request.name))
+        if vm.guest is None:
+            raise Conflict(f"VM {request.name} has no channel to a guest agent")
+
+        def tell(answer: guest.Answer) -> None:
+            if isinstance(answer, guest.Output):
+                text = base64.b64encode(answer.data).decode()
+                emit({"stream": answer.stream, "data": text})
+
+        command = guest.Exec(0, request.argv, request.env, request.tag)
+        answer = await vm.guest.stream(command, tell, EXEC_NS_MAX)
+        if isinstance(answer, guest.Failed):
+            raise RemoteError(f"guest {request.name}", 1, f"{answer.reason} ({answer.code})")
+        if not isinstance(answer, guest.Exited):
+            raise OutcomeUnknown(f"guest {request.name}: {type(answer).__name__} for a command")
+        return {"exit_code": answer.code, "dropped_bytes": answer.dropped_bytes}
+
+    # ---- the local API
+
+    async def call(self, request: Mapping[str, Any], emit: Emit) -> Mapping[str, Any]:
+        """See `ports.Hypervisors`."""
+        body = {name: value for name, value in request.items() if name != "vm"}
+        match request.get("vm"):
+            case "start":
+                return await self._start(_read(body, Start))
+            case "adopt":
+                return await self._adopt(_read(body, Adopt))
+            case "list":
+                return await self._list()
+            case "show":
+                return await self._describe(self._entry(_read(body, Named).name), whole=True)
+            case "stop":
+                return await self._stop(_read(body, Named))
+            case "attach":
+                return await self._attach(_read(body, Attach))
+            case "detach":
+                return await self._detach(_read(body, Detach))
+            case "exec":
+                return await self._run(_read(body, Run), emit)
+            case other:
+                verbs = "start, adopt, list, show, stop, attach, detach, exec"
+                raise InvalidInput("vm", f"one of {verbs}", other)
+
+
+def _read(body: Mapping[str, Any], kind: type[T]) -> T:
+    try:
+        return msgspec.convert(dict(body), kind)
+    except msgspec.ValidationError as error:
+        raise InvalidInput("request", "as documented", str(error)) from None
+
+
+def _tagged(source: HostTag, *, overwrite: bool) -> Tagged:
+    pieces = tuple(Piece(source.path, piece.offset, piece.length) for piece in source.pieces)
+    return Tagged(
+        source.tag,
+        source.size_bytes,
+        pieces,
+        read_only=source.read_only,
+        shared=source.shared,
+        loaded=not overwrite,
+        dead_end=source.dead_end,
+        head_room_bytes=source.head_room_bytes,
+    )
+
+
+def _brief(shown: Presentation) -> dict[str, Any]:
+    return {
+        "tag": shown.tagged.tag,
+        "name": shown.vm,
+        "as": shown.presenter,
+        "state": shown.state,
+        "size_bytes": shown.tagged.size_bytes,
+        "guest_path": shown.guest_path,
+        "guaranteed": shown.presenter == "vhost-pmem",
+    }

@@ -1,0 +1,107 @@
+"""The machine that we start for a guest, as a command line: pure, so that a test can read it.
+
+What is in it is what presenters need later, because slots, windows and room for device memory
+cannot be added while the guest runs: shared RAM with a name, made first (a migration under TCG
+aborts when a pool's backend is older), root ports with address space behind them, memory slots, a
+port to the guest's agent, and 46 bits of physical address, because the default of TCG puts the
+64-bit window into a hole of AMD's.
+"""
+
+from __future__ import annotations
+
+from tagmem.base.errors import InvalidInput
+from tagmem.base.ids import parse_name
+from tagmem.base.units import GIB, MIB, Bytes
+from tagmem.presenter.contract import Value
+from tagmem.wire.guest import PORT_NAME
+
+PORTS_MAX = 16
+MEMORY_SLOTS_MAX = 255
+SUN_PATH_MAX = 107
+
+
+class VmSpec(Value, frozen=True):
+    """A VM to be started."""
+
+    name: str
+    directory: str
+    """Its sockets, console and logs."""
+    qemu: tuple[str, ...] = ("qemu-system-x86_64",)
+    """The program and what always comes first (a loader, `-L` for its firmware)."""
+    environment: dict[str, str] = {}
+    memory_bytes: Bytes = 1 * GIB
+    cpus: int = 1
+    kernel: str = ""
+    initrd: str = ""
+    append: str = ""
+    accel: str = "tcg,thread=multi"
+    cpu: str = "max,phys-bits=46"
+    ports: int = 6
+    port_bytes: Bytes = 2 * GIB + 2 * MIB
+    """64-bit prefetchable address space behind each port."""
+    memory_slots: int = 8
+    memory_max_bytes: Bytes = 32 * GIB
+    """Room for the guest's RAM and all device memory that is plugged later."""
+    nvdimm: bool = False
+    incoming: bool = False
+    """Wait for a migration to come in."""
+    extra: tuple[str, ...] = ()
+    """Further arguments, as they are."""
+    cgroup: str = ""
+
+
+def check(spec: VmSpec) -> None:
+    """Raises InvalidInput that names the field, the limit and the value."""
+    parse_name(spec.name, "name")
+    if not spec.qemu:
+        raise InvalidInput("qemu", "a program", spec.qemu)
+    if not 64 * MIB <= spec.memory_bytes <= spec.memory_max_bytes:
+        limit = f"from {64 * MIB} to {spec.memory_max_bytes} bytes"
+        raise InvalidInput("memory_bytes", limit, spec.memory_bytes)
+    if spec.memory_bytes % (2 * MIB):
+        raise InvalidInput("memory_bytes", "a multiple of 2 MiB", spec.memory_bytes)
+    if not 1 <= spec.cpus <= 64:
+        raise InvalidInput("cpus", "1 to 64", spec.cpus)
+    if not 0 <= spec.ports <= PORTS_MAX:
+        raise InvalidInput("ports", f"0 to {PORTS_MAX}", spec.ports)
+    if not 0 <= spec.memory_slots <= MEMORY_SLOTS_MAX:
+        raise InvalidInput("memory_slots", f"0 to {MEMORY_SLOTS_MAX}", spec.memory_slots)
+    if len(f"{spec.directory}/agent".encode()) > SUN_PATH_MAX:
+        raise InvalidInput(
+            "directory", f"a path of at most {SUN_PATH_MAX - 6} bytes", spec.directory
+        )
+    for path in (spec.directory, spec.kernel, spec.initrd):
+        if "," in path or "\n" in path:
+            raise InvalidInput("path", "without commas", path)
+
+
+def argv(spec: VmSpec) -> list[str]:
+    """QEMU's command line. Raises InvalidInput."""
+    check(spec)
+    where = spec.directory
+    machine = "q35,memory-backend=ram0" + (",nvdimm=on" if spec.nvdimm else "")
+    memory = f"{spec.memory_bytes // MIB}M"
+    arguments = [
+        *spec.qemu,
+        *("-name", spec.name, "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-object", f"memory-backend-memfd,id=ram0,size={memory},share=on"),
+        *("-machine", machine, "-accel", spec.accel, "-cpu", spec.cpu, "-smp", str(spec.cpus)),
+        *("-m", f"{memory},slots={spec.memory_slots},maxmem={spec.memory_max_bytes // MIB}M"),
+        *("-qmp", f"unix:{where}/qmp,server=on,wait=off"),
+        *("-serial", f"file:{where}/console.log"),
+        *("-device", "virtio-serial-pci,id=agents"),
+        *("-chardev", f"socket,id=agent,path={where}/agent,server=on,wait=off"),
+        *("-device", f"virtserialport,bus=agents.0,chardev=agent,name={PORT_NAME}"),
+    ]
+    for number in range(1, spec.ports + 1):
+        port = f"pcie-root-port,id=tmp{number},bus=pcie.0,chassis={number},slot={number}"
+        arguments += ["-device", f"{port},pref64-reserve={spec.port_bytes}"]
+    if spec.kernel:
+        arguments += ["-kernel", spec.kernel]
+    if spec.initrd:
+        arguments += ["-initrd", spec.initrd]
+    if spec.append:
+        arguments += ["-append", spec.append]
+    if spec.incoming:
+        arguments += ["-incoming", "defer"]
+    return arguments + list(spec.extra)

@@ -1,0 +1,171 @@
+"""Asks a QEMU what it is and what fits into it, whoever started it.
+
+All that presenters judge by is read from QMP: no command line, no configuration of libvirt. What
+QEMU says is checked for shape, because an adopted one is somebody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from tagmem.base.errors import OutcomeUnknown, RemoteError
+from tagmem.base.units import Bytes
+from tagmem.presenter.contract import GuestFacts, Slot, Version, VmFacts
+
+PERIPHERAL = "/machine/peripheral"
+PORTS_MAX = 64
+"""Root ports that are looked at."""
+RESERVE_UNSET = (1 << 64) - 1
+DRIVERS = (
+    "vhost-user-test-device-pci",
+    "virtio-pmem-pci",
+    "nvdimm",
+    "pc-dimm",
+    "virtio-mem-pci",
+    "ivshmem-plain",
+    "cxl-type3",
+    "sp-mem",
+)
+
+Execute = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
+
+
+def names(listed: Any) -> tuple[str, ...]:
+    """Of the children in a qom-list."""
+    return tuple(name for name, _ in children(listed))
+
+
+def children(listed: Any) -> tuple[tuple[str, str], ...]:
+    """(name, type) of each child in a qom-list."""
+    found = []
+    for entry in listed if isinstance(listed, list) else ():
+        name, kind = entry.get("name"), entry.get("type")
+        if isinstance(name, str) and isinstance(kind, str) and kind.startswith("child<"):
+            found.append((name, kind[6:-1]))
+    return tuple(found)
+
+
+async def drivers(execute: Execute) -> tuple[str, ...]:
+    """Which of our device types this QEMU has and can create."""
+    found = []
+    for driver in DRIVERS:
+        try:
+            await execute("device-list-properties", {"typename": driver})
+        except RemoteError:
+            continue
+        found.append(driver)
+    return tuple(found)
+
+
+async def survey(name: str, execute: Execute, known_drivers: tuple[str, ...]) -> VmFacts:
+    """Everything but the guest and the broker. Raises OutcomeUnknown when QEMU is silent or says
+    what makes no sense.
+    """
+    try:
+        version = _version(await execute("query-version", {}))
+        status = await execute("query-status", {})
+        devices = children(await execute("qom-list", {"path": PERIPHERAL}))
+        memory = await _property(execute, "/machine", "memory", {})
+        plugged = await execute("query-memory-devices", {})
+        kvm = await execute("query-kvm", {})
+        free, slots_free = _room(memory, plugged)
+        return VmFacts(
+            name,
+            version,
+            str(status["status"]),
+            "kvm" if kvm.get("enabled") else "tcg",
+            str(await _property(execute, "/machine", "type", "")),
+            bool(await _property(execute, "/machine", "nvdimm", default=False)),
+            await _ram_shared(execute),
+            slots=await _slots(execute, devices),
+            memory_slots_free=slots_free,
+            memory_free_bytes=free,
+            drivers=known_drivers,
+            devices=tuple(device for device, _ in devices),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OutcomeUnknown(f"VM {name}: an answer of QEMU's makes no sense: {error!r}") from error
+
+
+def completed(found: VmFacts, *, broker: bool, guest: GuestFacts | None) -> VmFacts:
+    """With what QEMU does not know."""
+    return msgspec.structs.replace(found, broker=broker, guest=guest)
+
+
+def missing(vm: VmFacts) -> tuple[str, ...]:
+    """What a machine that somebody else started lacks, each with what it costs."""
+    lacks = []
+    if not vm.slots:
+        lacks.append("no pcie-root-port: nothing on PCI can be plugged (-device pcie-root-port)")
+    elif not any(slot.prefetch_bytes for slot in vm.slots):
+        lacks.append("no root port with pref64-reserve: no vhost-pmem, no ivshmem")
+    if not vm.ram_shared:
+        lacks.append("RAM is not shared (memory-backend-memfd,share=on): no vhost-pmem")
+    if not vm.memory_free_bytes:
+        lacks.append("no room for device memory (-m maxmem=): no pmem, nvdimm, dimm, virtio-mem")
+    if not vm.memory_slots_free:
+        lacks.append("no free memory slot (-m slots=): no nvdimm, no dimm")
+    if not vm.nvdimm:
+        lacks.append("the machine has no nvdimm=on: no nvdimm")
+    if "vhost-user-test-device-pci" not in vm.drivers:
+        lacks.append("QEMU is older than 11.1: no vhost-pmem, so nothing is guaranteed")
+    if not vm.broker:
+        lacks.append("no broker runs on this host: no vhost-pmem")
+    if vm.guest is None:
+        lacks.append("no guest agent: nobody in the guest can prove a release, or be asked for one")
+    return tuple(lacks)
+
+
+def _version(answer: Any) -> Version:
+    number = answer["qemu"]
+    return int(number["major"]), int(number["minor"]), int(number["micro"])
+
+
+async def _property(execute: Execute, path: str, name: str, default: Any) -> Any:
+    try:
+        return await execute("qom-get", {"path": path, "property": name})
+    except RemoteError:
+        return default
+
+
+def _room(memory: Mapping[str, Any], plugged: Sequence[Mapping[str, Any]]) -> tuple[Bytes, int]:
+    """Device memory that still fits, and free memory slots. QEMU aligns, so a little less may."""
+    sizes = [(entry["type"], int(entry["data"]["size"])) for entry in plugged]
+    slots = int(memory.get("slots", 0))
+    room = int(memory.get("max-size", 0)) - int(memory.get("size", 0))
+    taken = sum(1 for kind, _ in sizes if kind in ("dimm", "nvdimm"))
+    return max(0, room - sum(size for _, size in sizes)), max(0, slots - taken)
+
+
+async def _ram_shared(execute: Execute) -> bool:
+    backend = str(await _property(execute, "/machine", "memory-backend", ""))
+    memory = await execute("query-memdev", {})
+    ident = backend.rpartition("/")[2]
+    return any(entry.get("id") == ident and entry.get("share") is True for entry in memory)
+
+
+async def _slots(execute: Execute, devices: Sequence[tuple[str, str]]) -> tuple[Slot, ...]:
+    ports = sorted(name for name, kind in devices if kind == "pcie-root-port")[:PORTS_MAX]
+    found = []
+    for port in ports:
+        path = f"{PERIPHERAL}/{port}"
+        reserve = int(await _property(execute, path, "pref64-reserve", 0))
+        taken = await _taken_by(execute, f"{path}/{port}")
+        found.append(Slot(port, 0 if reserve >= RESERVE_UNSET else reserve, taken))
+    return tuple(found)
+
+
+async def _taken_by(execute: Execute, bus: str) -> str:
+    """The name of the device on a port's bus; `?` where it has none."""
+    try:
+        listed = await execute("qom-list", {"path": bus})
+    except RemoteError:
+        return ""
+    for entry in listed:
+        if str(entry["name"]).startswith("child["):
+            where = {"path": bus, "property": entry["name"]}
+            return str(await execute("qom-get", where)).rpartition("/")[2] or "?"
+    return ""

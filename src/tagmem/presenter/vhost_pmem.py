@@ -1,0 +1,167 @@
+"""The window that our own back-end owns: a virtio-pmem device whose memory the broker maps and
+unmaps, so that the host takes bytes back with no help from the guest.
+
+QEMU 11.1 and later have a generic vhost-user device with shared-memory regions; as device 27 the
+guest's stock driver makes a DAX device of it, and finds the tag in the header, which comes from
+private memory of the broker: the tag's own bytes carry nothing of it. QEMU refuses to migrate it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from tagmem.base.errors import OutcomeUnknown
+from tagmem.base.limits import WINDOW_PIECES_MAX
+from tagmem.base.units import MIB, SECOND
+from tagmem.presenter import common
+from tagmem.presenter.contract import (
+    AwaitDeleted,
+    CloseWindow,
+    Command,
+    Description,
+    Machine,
+    MapWindow,
+    OpenWindow,
+    Plan,
+    Presentation,
+    ProveUnmapped,
+    Request,
+    RevokeWindow,
+    Step,
+    VmFacts,
+)
+from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, Planned, perform
+from tagmem.wire import guest
+
+log = logging.getLogger(__name__)
+
+DRIVER = "vhost-user-test-device-pci"
+"""Upstream's name of the generic device; a named vhost-user-pmem would be the product form."""
+VIRTIO_ID_PMEM = 27
+CONFIG_BYTES = 16
+START_NS = 20 * SECOND
+REVOKE_NS = 5 * SECOND
+TRIES = 3
+"""Of a guest to look for the header in time."""
+
+
+class VhostPmem(Planned):
+    """See the module."""
+
+    description = Description(
+        name="vhost-pmem",
+        summary="virtio-pmem served by the broker through a shared-memory region",
+        guaranteed=True,
+        removal="host",
+        dax=True,
+        ram=False,
+        tag_in_band=True,
+        granularity_bytes=2 * MIB,
+        minimum_bytes=2 * MIB,
+        pieces=True,
+        read_only=False,  # QEMU 11.1 maps what it is given writable, whatever is asked
+        header_bytes=common.HEADER_BYTES,
+        migration="refused",
+        stock_kernel=True,
+        guest_code="",
+        qemu_min=(11, 1, 0),
+        setup=(
+            "-object memory-backend-memfd,id=ram0,size=SIZE,share=on -machine memory-backend=ram0",
+            "-device pcie-root-port,id=PORT,chassis=N,slot=N,pref64-reserve=RESERVE",
+            "chardev-add (unix socket of the broker)",
+            "device_add vhost-user-test-device-pci,virtio-id=27,num_vqs=1,config_size=16",
+        ),
+    )
+
+    def can(self, request: Request, vm: VmFacts) -> str | None:
+        """Why not; None when it can."""
+        reason = (
+            common.unmet(request, self.description)
+            or common.wrong_size(request, 2 * MIB, 2 * MIB)
+            or common.wrong_vm(request, self.description, DRIVER, vm)
+        )
+        if reason is not None:
+            return reason
+        if len(request.tagged.pieces) > WINDOW_PIECES_MAX:
+            return f"pieces: at most {WINDOW_PIECES_MAX}, got {len(request.tagged.pieces)}"
+        if not vm.broker:
+            return "no broker runs on this host"
+        if not vm.ram_shared:
+            return "the guest's RAM must be shared (memory-backend-memfd,share=on)"
+        slot = common.free_slot(vm, _window_bytes(request))
+        return slot if isinstance(slot, str) else None
+
+    def plan(self, request: Request, vm: VmFacts) -> Plan:
+        """The broker listens, QEMU connects, the guest's driver starts it, the bytes are mapped."""
+        tag = request.tagged.tag
+        device = common.device_id(tag)
+        chardev = _chardev(device)
+        slot = common.free_slot(vm, _window_bytes(request))
+        assert not isinstance(slot, str)
+        device_bytes = common.HEADER_BYTES + request.tagged.size_bytes
+        properties = {
+            "virtio-id": VIRTIO_ID_PMEM,
+            "num_vqs": 1,
+            "config_size": CONFIG_BYTES,
+        }
+        steps: tuple[Step, ...] = (
+            OpenWindow(device, chardev, request.tagged, device_bytes),
+            common.add_device(DRIVER, tag, bus=slot.bus, chardev=chardev, **properties),
+            MapWindow(device, START_NS),
+            common.find_in_guest(tag),
+        )
+        return Plan(self.description.name, device, steps, device_bytes, slot.bus)
+
+    async def attach(self, request: Request, vm: Machine) -> Presentation:
+        """As all, and again when the guest looked too early.
+
+        Its driver looks for the header once, some 40 ms after it started the device, which is when
+        the memory may first be mapped. A guest that won that race has a raw namespace; plugged anew
+        it looks anew.
+        """
+        for _ in range(TRIES - 1):
+            shown = await super().attach(request, vm)
+            if shown.guest_path or vm.guest is None or not await _looked_in_vain(shown, vm):
+                return shown
+            log.warning("tag %s: the guest looked before it was mapped", request.tagged.tag)
+            for step in self.unplan(shown, "unplug"):
+                await perform(step, vm)
+        return await super().attach(request, vm)
+
+    def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
+        """All four rungs but the last, which is the same for every presenter."""
+        device = presentation.device
+        prove = ProveUnmapped(common.file_paths(presentation.tagged), PROVE_NS)
+        if rung in ("ask", "insist"):
+            return (common.let_go(presentation, rung),)
+        if rung == "revoke":
+            return (RevokeWindow(device, REVOKE_NS), prove)
+        if rung == "unplug":
+            return (
+                Command("device_del", {"id": device}),
+                AwaitDeleted(device, UNPLUG_NS),
+                Command("chardev-remove", {"id": _chardev(device)}),
+                CloseWindow(device),
+                prove,
+            )
+        return ()
+
+
+async def _looked_in_vain(shown: Presentation, vm: Machine) -> bool:
+    """Whether the guest's agent says that there is no such tag; silence says nothing."""
+    assert vm.guest is not None
+    try:
+        answer = await vm.guest.ask(guest.Attach(0, shown.tagged.tag, 0), common.FIND_NS)
+    except OutcomeUnknown:
+        return False
+    return isinstance(answer, guest.Failed) and answer.code == "absent"
+
+
+def _chardev(device: str) -> str:
+    return f"{device}-c"
+
+
+def _window_bytes(request: Request) -> int:
+    """Of the slot's address space: the BAR rounds up, and the device has a second one."""
+    whole = common.HEADER_BYTES + request.tagged.size_bytes
+    return common.power_of_two_at_least(whole) + common.SMALL_BAR_BYTES

@@ -1,0 +1,305 @@
+"""A guest, the appliance's media, and the broker, as the presenters' suite uses them.
+
+One loop serves a whole module: it runs while a test runs, which is when anything can happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from tagmem.appliance.media import ByTagMedia
+from tagmem.base.errors import OutcomeUnknown
+from tagmem.base.units import MIB, SECOND, Bytes
+from tagmem.io import stream
+from tagmem.lab.boot import Guest, Lab
+from tagmem.lab.errors import GuestDied
+from tagmem.lab.spec import GuestSpec
+from tagmem.ports import MediaPiece
+from tagmem.presenter.broker import Broker
+from tagmem.presenter.choose import all_presenters
+from tagmem.presenter.contract import Detached, Need, Piece, Presentation, Request, Tagged
+from tagmem.presenter.qemu import Vm
+from tagmem.wire import guest as wire
+
+T = TypeVar("T")
+
+HEAD_BYTES = 2 * MIB
+WAYS = all_presenters()
+STAYING = frozenset(
+    name for name, way in WAYS.items() if way.describe().removal in ("sometimes", "never")
+)
+"""Those that a guest may keep until its end."""
+
+PEEK = """
+import mmap, os, sys
+path, size, at, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+fd = os.open(path, os.O_RDWR)
+print(mmap.mmap(fd, size)[at:at + count].hex())
+"""
+POKE = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+memory, at = mmap.mmap(fd, int(sys.argv[2])), int(sys.argv[3])
+data = bytes.fromhex(sys.argv[4])
+memory[at:at + len(data)] = data
+"""
+# Neither a child nor in the session of what the agent started: it is not the agent's to end.
+HOLD = """
+import mmap, os, sys, time
+ready, told = os.pipe()
+if os.fork():
+    os.write(1, os.read(ready, 16))
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+for fd in 0, 1, 2:
+    os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), int(sys.argv[2]))
+memory[0:1]
+os.write(told, str(os.getpid()).encode())
+time.sleep(float(sys.argv[3]))
+"""
+# The agent itself stops answering for so many seconds.
+SILENCE = """
+import os, signal, sys, time
+ready, told = os.pipe()
+if os.fork():
+    os.read(ready, 1)
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+agents = []
+for name in os.listdir("/proc"):
+    if name.isdecimal():
+        words = open(f"/proc/{name}/cmdline", "rb").read().split(b"\\0")
+        if b"tagmem.guest" in words:
+            agents.append(int(name))
+os.write(told, b"+")
+time.sleep(0.3)
+for pid in agents:
+    os.kill(pid, signal.SIGSTOP)
+time.sleep(float(sys.argv[1]))
+for pid in agents:
+    os.kill(pid, signal.SIGCONT)
+"""
+
+
+class World:
+    """One booted guest and everything around it."""
+
+    def __init__(self, runner: asyncio.Runner, spec: GuestSpec) -> None:
+        self._runner = runner
+        self.folder = Path(tempfile.mkdtemp(prefix="tagmem-vm-", dir="/dev/shm"))
+        self.host = self.folder / "host"
+        self.media = ByTagMedia(self.folder, [str(self.host)], head_bytes=HEAD_BYTES)
+        self.guest: Guest = Lab().guest(spec)
+        self.broker: Broker | None = None
+        self.shown: list[Presentation] = []
+        self._vm: Vm | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(coroutine)
+
+    @property
+    def vm(self) -> Vm:
+        assert self._vm is not None
+        return self._vm
+
+    async def boot(self) -> None:
+        await self.guest.start()
+        self.broker = Broker(stream, self.folder)
+        self._vm = await Vm.adopt(
+            self.guest.spec.name,
+            str(self.guest.places.qmp),
+            pid=self.guest.pid,
+            agent_path=str(self.guest.places.agent),
+            windows=self.broker.windows(self.guest.spec.name),
+        )
+        channel = self.vm.guest
+        assert channel is not None
+        await channel.greeted(90 * SECOND)
+
+    async def end(self) -> None:
+        if self._vm is not None:
+            await self._vm.close()
+        await self.guest.stop()
+        if self.broker is not None:
+            self.broker.close()
+
+    def clear(self) -> None:
+        self.guest.remove_logs()
+        self.media.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- tags
+
+    def make(self, size: Bytes, *, loaded: bool = True, dead_end: bool = True) -> Tagged:
+        """A tag as a host has it: its file, linked where the appliance exposes it."""
+        tag = str(uuid4())
+        pieces = self.media.positions([(0, size, 0)])
+        self.media.create(tag, 0, pieces)
+        self.media.expose(tag, str(self.host))
+        path = str(self.host / tag)
+        parts = tuple(Piece(path, piece.offset, piece.length) for piece in pieces)
+        return Tagged(
+            tag, size, parts, loaded=loaded, dead_end=dead_end, head_room_bytes=HEAD_BYTES
+        )
+
+    def sanitise(self, tagged: Tagged) -> int:
+        """Wipe it as the appliance does; bytes that were read back as zero."""
+        pieces = tuple(MediaPiece(piece.offset, piece.length) for piece in tagged.pieces)
+        wiping = self.media.sanitise(tagged.tag, 0, pieces)
+        while True:
+            try:
+                next(wiping)
+            except StopIteration as end:
+                return int(end.value.read_back_bytes)
+
+    def write(self, tagged: Tagged, at: int, data: bytes) -> None:
+        fd = os.open(tagged.pieces[0].path, os.O_RDWR)
+        try:
+            os.pwrite(fd, data, tagged.pieces[0].offset + at)
+        finally:
+            os.close(fd)
+
+    def read(self, tagged: Tagged, at: int, count: int) -> bytes:
+        fd = os.open(tagged.pieces[0].path, os.O_RDONLY)
+        try:
+            return os.pread(fd, count, tagged.pieces[0].offset + at)
+        finally:
+            os.close(fd)
+
+    # ---- presenting
+
+    def attach(self, way: str, tagged: Tagged, **need: bool) -> Presentation:
+        shown = self.run(WAYS[way].attach(Request(tagged, Need(**need)), self.vm))
+        self.shown.append(shown)
+        return shown
+
+    def tidy(self) -> None:
+        """What a test that failed left in the VM goes, so that the next one is judged by itself."""
+        left, self.shown = self.shown, []
+        if self.vm.gone:
+            return
+        facts = self.run(self.vm.facts())
+        if facts.state == "paused":
+            self.run(self.vm.resume())
+        for shown in left:
+            if shown.device in facts.devices and shown.presenter not in STAYING:
+                self.detach(shown, seconds=20, force=True)
+
+    def detach(
+        self,
+        shown: Presentation,
+        *,
+        seconds: float = 10.0,
+        force: bool = False,
+        may_stop_vm: bool = False,
+    ) -> Detached:
+        way = WAYS[shown.presenter]
+        return self.run(
+            way.detach(
+                shown,
+                self.vm,
+                deadline_ns=int(seconds * SECOND),
+                force=force,
+                may_stop_vm=may_stop_vm,
+            )
+        )
+
+    # ---- in the guest
+
+    async def silence(self, seconds: float) -> None:
+        """From when this returns the agent does not answer, for about so many seconds."""
+        await self._python(SILENCE, [str(seconds)])
+        assert self.vm.guest is not None
+        try:
+            async with asyncio.timeout(10):
+                while True:
+                    await self.vm.guest.ask(wire.Find(0), SECOND // 2)
+        except OutcomeUnknown:
+            return
+
+    async def answering(self) -> None:
+        """The agent answers (again)."""
+        assert self.vm.guest is not None
+        answer = await self.vm.guest.ask(wire.Find(0), 60 * SECOND)
+        assert isinstance(answer, wire.Found), answer
+
+    async def find(self, shown: Presentation) -> wire.Memory | None:
+        """What the agent knows of a tag."""
+        assert self.vm.guest is not None
+        answer = await self.vm.guest.ask(wire.Find(0), 60 * SECOND)
+        assert isinstance(answer, wire.Found), answer
+        found = [m for m in answer.memory if m.tag == shown.tagged.tag]
+        return found[0] if found else None
+
+    async def reboot(self) -> None:
+        """The reset button; returns when the agent of the next boot answers."""
+        channel = self.vm.guest
+        assert channel is not None
+        before = channel.boot_id
+        await self.vm.execute("system_reset", {})
+        async with asyncio.timeout(90):
+            while channel.boot_id in ("", before):
+                await channel.heard()
+
+    async def panic(self) -> None:
+        """The guest's kernel panics, and stays so."""
+        assert self.vm.guest is not None
+        code = "open('/proc/sysrq-trigger', 'w').write('c')"
+        with suppress(OutcomeUnknown):
+            await self.vm.guest.ask(wire.Exec(0, ("python3", "-c", code)), 2 * SECOND)
+        with suppress(GuestDied):
+            await self.guest.see(b"Kernel panic", 20)
+
+    def python(self, code: str, *arguments: object) -> str:
+        """What a piece of Python prints in the guest."""
+        return self.run(self._python(code, [str(argument) for argument in arguments]))
+
+    async def _python(self, code: str, arguments: list[str]) -> str:
+        written: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
+
+        def keep(answer: wire.Answer) -> None:
+            if isinstance(answer, wire.Output):
+                written[answer.stream] += answer.data
+
+        assert self.vm.guest is not None
+        request = wire.Exec(0, ("python3", "-c", code, *arguments))
+        ended = await self.vm.guest.stream(request, keep, 60 * SECOND)
+        assert isinstance(ended, wire.Exited), ended
+        assert ended.code == 0, written[2].decode()
+        return written[1].decode().strip()
+
+    def peek(self, shown: Presentation, at: int, count: int) -> bytes:
+        size = shown.tagged.size_bytes
+        return bytes.fromhex(self.python(PEEK, shown.guest_path, size, at, count))
+
+    def poke(self, shown: Presentation, at: int, data: bytes) -> None:
+        self.python(POKE, shown.guest_path, shown.tagged.size_bytes, at, data.hex())
+
+    def hold(self, shown: Presentation, seconds: float = 60.0) -> int:
+        """A process in the guest maps the tag, and is not the agent's own; its number."""
+        return int(self.python(HOLD, shown.guest_path, shown.tagged.size_bytes, seconds))
+
+
+@contextmanager
+def booted(spec: GuestSpec) -> Iterator[World]:
+    with asyncio.Runner() as runner:
+        world = World(runner, spec)
+        try:
+            runner.run(world.boot())
+            yield world
+        finally:
+            runner.run(world.end())
+            world.clear()
