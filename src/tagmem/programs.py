@@ -225,13 +225,26 @@ async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> N
 
 def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags) -> Hypervisors:
     """QEMU, with the broker in this process; guests without a kernel of their own are the lab's."""
+    import msgspec
+
+    from tagmem.agent.workloads import find_cgroup
     from tagmem.io import stream
     from tagmem.presenter.broker import Broker
     from tagmem.presenter.host import Hypervisor
 
     directory = Path(settings.run) / "vm"
     directory.mkdir(mode=0o700, exist_ok=True)
-    return Hypervisor(directory, keep, tags, Broker(stream, directory), _machine_parts)
+    cgroups = find_cgroup(f"tagmem-{settings.name}") if settings.use_cgroup else None
+
+    async def parts(spec: VmSpec, qemu: str) -> VmSpec:
+        spec = await _machine_parts(spec, qemu)
+        if cgroups is None:
+            return spec
+        own = cgroups / f"vm-{spec.name}"
+        await asyncio.to_thread(own.mkdir, exist_ok=True)
+        return msgspec.structs.replace(spec, cgroup=str(own))
+
+    return Hypervisor(directory, keep, tags, Broker(stream, directory), parts)
 
 
 async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:

@@ -42,14 +42,14 @@ class AgentUnreachable(TagmemError):
     retry = Retry.LATER
 
 
-class _Invalid(InvalidInput):
+class RefusedInput(InvalidInput):
     """The agent's own words."""
 
     def __init__(self, text: str) -> None:
         TagmemError.__init__(self, text)
 
 
-class _Remote(RemoteError):
+class HypervisorRefused(RemoteError):
     """QEMU's or a guest's refusal, in the agent's words."""
 
     def __init__(self, text: str) -> None:
@@ -62,8 +62,8 @@ _ERRORS: Mapping[str, Callable[[str], TagmemError]] = {
     "unsupported": Unsupported,
     "unknown": OutcomeUnknown,
     "storage": StorageFailed,
-    "invalid": _Invalid,
-    "remote": _Remote,
+    "invalid": RefusedInput,
+    "remote": HypervisorRefused,
 }
 
 

@@ -8,6 +8,7 @@ programs of the standard library.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +38,8 @@ from tagmem.presenter.contract import (
 )
 from tagmem.presenter.qemu import Vm
 from tagmem.wire import guest as wire
+
+log = logging.getLogger(__name__)
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
 """Where files are memory: a disk's speed is not what is measured."""
@@ -248,11 +251,12 @@ class Bench:
     async def silent(self, code: str, seconds: float) -> None:
         """From when this returns the agent does not answer, for about so many seconds."""
         await self.python(code, seconds)
-        for _ in range(20):
+        for _ in range(80):
             try:
                 await self.channel.ask(wire.Find(0), SECOND // 2)
             except OutcomeUnknown:
                 return
+            await asyncio.sleep(0.1)
         raise LabFailed("the guest's agent answers still")
 
     async def answering(self) -> None:
@@ -289,9 +293,12 @@ class Bench:
                 continue
             try:
                 ended = await way.detach(shown, self.vm, deadline_ns=TIDY_NS, force=True)
-            except TagmemError:
+            except TagmemError as error:
+                log.warning("%s is not taken out: %s", shown.device, error)
                 kept.append(shown)
                 continue
+            if not ended.done:
+                log.warning("%s is not taken out: %s", shown.device, ended)
             if not ended.done or ended.presentation is not None:
                 kept.append(shown)
         return kept

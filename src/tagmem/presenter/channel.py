@@ -160,6 +160,8 @@ class Channel:
     def _deliver(self, item: guest.Answer | Lost | Late | guest.Malformed) -> None:
         if isinstance(item, guest.Hello):
             self._greeted.set()
+        if isinstance(item, Late) and isinstance(item.answer, guest.Hello):
+            return  # The guest was still booting when it was greeted first.
         if isinstance(item, Late | guest.Malformed):
             log.info("guest at %s: %s", self._path, item)
             return

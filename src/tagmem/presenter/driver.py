@@ -138,6 +138,7 @@ def _write_header(step: MakeHeader) -> None:
 async def _open_window(step: OpenWindow, vm: Machine) -> None:
     path = await _windows(vm).open(step.device, step.tagged, step.device_bytes)
     address = {"type": "unix", "data": {"path": path}}
+    # Not reconnect-ms: QEMU 11.1 aborts in vhost_dev_start when it connects a second time.
     backend = {"type": "socket", "data": {"addr": address, "server": False}}
     try:
         await vm.execute("chardev-add", {"id": step.chardev, "backend": backend})

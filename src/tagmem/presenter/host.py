@@ -75,6 +75,7 @@ class VmRecord(Value, frozen=True):
     """When the process began, in the kernel's ticks: a number alone may be another's by now."""
     directory: str = ""
     """Empty: somebody else started it."""
+    cgroup: str = ""
 
 
 class Start(Value, frozen=True):
@@ -162,6 +163,8 @@ class Hypervisor:
         self._ways = all_presenters()
         self._entries: dict[str, _Entry] = {}
         self._shown: dict[tuple[str, str], Presentation] = {}
+        self._orphaned: set[str] = set()
+        """Windows of a broker before this one."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- after a restart
@@ -204,13 +207,16 @@ class Hypervisor:
             self._have(entry, vm)
 
     def _reopen(self, record: VmRecord) -> None:
-        """Serve the windows that QEMU may have still; it connects again by itself."""
+        """Look after the windows that QEMU may have still. It does not connect again (it would
+        abort), so they can be unplugged, and by force only the VM's end takes their bytes back.
+        """
         for shown in self._of(record.name):
             if shown.presenter == "vhost-pmem":
                 goal = Goal.REVOKED if shown.state == "revoked" else Goal.PRESENTED
                 self._broker.open(
                     record.name, shown.device, shown.tagged, adopt=goal, qemu_pid=record.pid
                 )
+                self._orphaned.add(shown.device)
 
     async def close(self) -> None:
         """See `ports.Hypervisors`."""
@@ -230,6 +236,7 @@ class Hypervisor:
         await self._keep_value(f"tag/{shown.vm}/{shown.tagged.tag}", shown)
 
     async def _hide(self, vm: str, tag: str) -> None:
+        self._orphaned.discard(device_id(tag))
         if self._shown.pop((vm, tag), None) is not None:
             await self._keep_value(f"tag/{vm}/{tag}", None)
 
@@ -262,6 +269,8 @@ class Hypervisor:
         await self._keep_value(f"vm/{name}", None)
         if entry.vm is not None:
             await entry.vm.close()
+        if entry.record.cgroup:
+            await asyncio.to_thread(_remove_cgroup, entry.record.cgroup)
 
     def _new(self, name: str) -> None:
         parse_name(name, "name")
@@ -303,6 +312,7 @@ class Hypervisor:
         entry = self._entries[request.name] = _Entry(record)
         try:
             spec = await self._parts(spec, request.qemu)
+            record = entry.record = msgspec.structs.replace(record, cgroup=spec.cgroup)
             await self._keep_value(f"vm/{request.name}", record)
             vm = await Vm.start(spec, self._broker.windows(request.name))
         except TagmemError:
@@ -348,7 +358,7 @@ class Hypervisor:
             "started_by_us": bool(record.directory),
             "state": "unknown",
             "trouble": entry.trouble,
-            "tags": [_brief(shown) for shown in self._of(record.name)],
+            "tags": [self._brief(shown) for shown in self._of(record.name)],
         }
         if entry.vm is None:
             return told
@@ -384,7 +394,19 @@ class Hypervisor:
                 await self._hide(request.name, tag)
                 raise
             await self._show(shown)
-        return _brief(shown) | {"why": choice.why, "warning": shown.warning}
+        return self._brief(shown) | {"why": choice.why, "warning": shown.warning}
+
+    def _brief(self, shown: Presentation) -> dict[str, Any]:
+        promised = self._ways[shown.presenter].describe().guaranteed
+        return {
+            "tag": shown.tagged.tag,
+            "name": shown.vm,
+            "as": shown.presenter,
+            "state": shown.state,
+            "size_bytes": shown.tagged.size_bytes,
+            "guest_path": shown.guest_path,
+            "guaranteed": promised and shown.device not in self._orphaned,
+        }
 
     def _only_here(self, vm: str, tag: str) -> None:
         """One VM at a time: two would write the same bytes without knowing of each other."""
@@ -498,6 +520,13 @@ def _read(body: Mapping[str, Any], kind: type[T]) -> T:
         raise InvalidInput("request", "as documented", str(error)) from None
 
 
+def _remove_cgroup(path: str) -> None:
+    try:
+        Path(path).rmdir()
+    except OSError as error:
+        log.info("%s stays: %s", path, error.strerror)
+
+
 def _tagged(source: HostTag, *, overwrite: bool) -> Tagged:
     pieces = tuple(Piece(source.path, piece.offset, piece.length) for piece in source.pieces)
     return Tagged(
@@ -510,15 +539,3 @@ def _tagged(source: HostTag, *, overwrite: bool) -> Tagged:
         dead_end=source.dead_end,
         head_room_bytes=source.head_room_bytes,
     )
-
-
-def _brief(shown: Presentation) -> dict[str, Any]:
-    return {
-        "tag": shown.tagged.tag,
-        "name": shown.vm,
-        "as": shown.presenter,
-        "state": shown.state,
-        "size_bytes": shown.tagged.size_bytes,
-        "guest_path": shown.guest_path,
-        "guaranteed": shown.presenter == "vhost-pmem",
-    }
