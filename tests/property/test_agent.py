@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from tagmem.agent import records as r
 from tagmem.agent.loop import AgentMachine
+from tagmem.agent.vms import DetachGuests, GuestsAsked
 from tagmem.base.units import MIB, SECOND, Dpa
 from tagmem.ports import Batch, Effect, Event, Holding, Tick
 from tagmem.store.memory import MemoryStore
@@ -252,6 +253,10 @@ class World(RuleBasedStateMachine):
 
     def do_killholders(self, effect: r.KillHolders) -> None:
         self.holders[effect.tag].clear()
+
+    def do_detachguests(self, effect: DetachGuests) -> None:
+        """No VM has it: those who hold it here are processes."""
+        self.give(GuestsAsked(effect.tag, ""))
 
     def do_giveup(self, effect: r.GiveUp) -> None:
         assert effect.tag not in self.named

@@ -15,6 +15,7 @@ from tagmem.agent import records as r
 from tagmem.agent.loop import AgentMachine
 from tagmem.agent.mailbox import HostLink, MediaAnswer
 from tagmem.agent.policy import Limits
+from tagmem.agent.vms import DetachGuests, GuestsAsked
 from tagmem.base.units import MICROSECOND, MILLISECOND, SECOND, Nanoseconds
 from tagmem.ports import Effect, Event, Holding, Loaded
 from tagmem.store.memory import MemoryStore
@@ -213,6 +214,8 @@ class HostProcess(Process):
         elif isinstance(effect, r.KillHolders):
             for work in self.holding(effect.tag):
                 self._end(work)
+        elif isinstance(effect, DetachGuests):
+            self.post(GuestsAsked(effect.tag, ""))
         elif isinstance(effect, r.Launch):
             self._launch(effect)
         elif isinstance(effect, r.Signal):
