@@ -40,9 +40,9 @@ GATHER_SECONDS = 0.001
 number of events. Whoever asks alone is never kept waiting."""
 
 HERE_SECONDS_MAX = 0.002
-"""While the last commit took less, the next is made in the loop's own thread: handing it to another
-one and back would take as long again. After a slow one the thread gets it, so that the loop goes on
-hearing while the disk takes its time."""
+"""While the last commit waited less for the disk, the next waits in the loop's own thread: handing
+it to another one and back would take as long again. After a slow one the thread gets it, so that
+the loop goes on hearing while the disk takes its time."""
 
 
 class QueueFull(StorageFailed):
@@ -208,13 +208,15 @@ class Engine:
         self._tell_readers()
 
     async def _write(self, loop: asyncio.AbstractEventLoop, batch: Batch) -> int:
+        # The many short calls of a commit are made here: from a thread, each of them would have to
+        # wait for its turn to run Python again. Only the disk is waited for there.
+        finish = self._store.begin(batch)
         # Not the loop's own clock, which stands still while its thread is busy.
         begun = time.monotonic()
         if self._write_seconds < HERE_SECONDS_MAX:
-            last_history = self._store.commit(batch)
+            last_history = finish()
         else:
-            commit = self._store.commit
-            last_history = await loop.run_in_executor(self._writer, commit, batch)
+            last_history = await loop.run_in_executor(self._writer, finish)
         self._write_seconds = time.monotonic() - begun
         return last_history
 

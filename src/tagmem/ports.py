@@ -108,6 +108,11 @@ class HistoryEntry(msgspec.Struct, frozen=True):
     data: dict[str, Any]
 
 
+Finish = Callable[[], int]
+"""The end of a commit: waits until it is on stable storage; the last history number. Raises
+StorageFailed with nothing of it kept."""
+
+
 class Store(Protocol):
     """Durable rows, outbox and history. `commit` is atomic, and on stable storage on return."""
 
@@ -116,6 +121,12 @@ class Store(Protocol):
     def commit(self, batch: Batch) -> int:
         """Make a batch durable; returns the last history number. Raises StorageFailed with nothing
         of it kept.
+        """
+        ...
+
+    def begin(self, batch: Batch) -> Finish:
+        """The same in two parts: all work now, and the waiting for the disk in what is returned,
+        which may be called in another thread, before anything else is begun. Raises StorageFailed.
         """
         ...
 

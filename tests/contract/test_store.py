@@ -93,6 +93,14 @@ def test_what_was_committed_is_there_after_reopening(shelf: Shelf) -> None:
     assert rows(shelf.reopen()) == {("thing", "k1"): thing, ("other", "k1"): other}
 
 
+def test_what_was_begun_is_kept_only_when_it_is_finished(shelf: Shelf) -> None:
+    batch = Batch((Step((Change("thing", "a", Thing("1")),)),), 7)
+    shelf.store.begin(batch)
+    assert rows(shelf.reopen()) == {}
+    shelf.store.begin(batch)()
+    assert rows(shelf.reopen()) == {("thing", "a"): Thing("1")}
+
+
 def test_a_put_replaces_and_none_deletes(shelf: Shelf) -> None:
     commit(shelf.store, Step((Change("thing", "a", Thing("1")), Change("thing", "b", Thing("1")))))
     commit(shelf.store, Step((Change("thing", "a", Thing("2")), Change("thing", "b", None))))

@@ -11,7 +11,7 @@ import pytest
 from tagmem.base.errors import StorageFailed
 from tagmem.base.units import Nanoseconds
 from tagmem.engine import Engine
-from tagmem.ports import Batch, Change, Effect, Event, HistoryEntry, Loaded, Step
+from tagmem.ports import Batch, Change, Effect, Event, Finish, HistoryEntry, Loaded, Step
 
 
 class Add(Event, frozen=True):
@@ -48,12 +48,18 @@ class Gated:
         return Loaded([("count", str(n), None) for n in range(self.kept)], (), 0)
 
     def commit(self, batch: Batch) -> int:
-        self.entered.set()
-        self.gate.wait()
-        if self.refuse:
-            raise StorageFailed("full")
-        self.kept += len(batch.steps)
-        return 0
+        return self.begin(batch)()
+
+    def begin(self, batch: Batch) -> Finish:
+        def finish() -> int:
+            self.entered.set()
+            self.gate.wait()
+            if self.refuse:
+                raise StorageFailed("full")
+            self.kept += len(batch.steps)
+            return 0
+
+        return finish
 
     def history(self, after: int, limit: int) -> list[HistoryEntry]:
         return []

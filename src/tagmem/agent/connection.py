@@ -16,7 +16,7 @@ from typing import Protocol
 
 from tagmem.agent.mailbox import HostLink, MediaAnswer
 from tagmem.base.errors import InvalidInput
-from tagmem.base.units import SECOND
+from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.ports import Clock, Effect, Event
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class Connection:
         self._stream: Stream | None = None
         self._descriptors: deque[int] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: Nanoseconds | None = None
+        self._pump_due = False
         self._over: asyncio.Future[str] | None = None
 
     async def run(self) -> None:
@@ -114,9 +116,7 @@ class Connection:
     def _forget(self) -> None:
         while self._descriptors:
             close_quietly(self._descriptors.popleft())
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
 
     def _failed(self, reason: str) -> None:
         if reason != self.last_error:
@@ -153,23 +153,41 @@ class Connection:
                 self._post(event)
         self._pump()
 
+    def _pump_soon(self) -> None:
+        """A commit brings many effects: what they make is sent at once."""
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
     def _pump(self) -> None:
+        self._pump_due = False
         if self._stream is None:
             return
         self._stream.send(self.link.outgoing())
         if self.link.broken:
             self._end(self.link.broken)
             return
-        deadline = self.link.next_deadline()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if deadline is not None:
-            delay = max(0.0, (deadline - self._clock.now()) / SECOND)
+        self._set_timer(self.link.next_deadline())
+
+    def _set_timer(self, due: Nanoseconds | None) -> None:
+        if due == self._timer_at:
+            return
+        # A deadline that moved away (an answer came) leaves the old timer: it ticks in vain once.
+        if due is not None and self._timer_at is not None and due > self._timer_at:
+            return
+        self._stop_timer()
+        if due is not None:
+            self._timer_at = due
+            delay = max(0, due - self._clock.now()) / SECOND
             self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._timer_at = None
+
     def _tick(self) -> None:
-        self._timer = None
+        self._timer = self._timer_at = None
         self._hear(self.link.tick(self._clock.now()))
 
     # ---- orders
@@ -178,7 +196,7 @@ class Connection:
         """Carry out one effect; without a session it is void, and ordered again later."""
         if self._stream is not None:
             self.link.perform(effect, self._clock.now())
-            self._pump()
+            self._pump_soon()
 
     def ask_media(self, tag: str) -> bool:
         """Ask where the bytes of a tag are; False without a session."""

@@ -3,10 +3,13 @@ its effects become commands.
 
 A session begins with the interrupt policy (0103h), the regions (4800h), the event log (0100h) and
 the device's own list (4801h), read again from its start when its generation moves; all that the
-loop believes about the device comes from there. Groups are answered strictly one after the other
-(4802h), and their records are cleared (0101h) only after the answer: whoever crashes in between
-reads them again, and a group that stands in the device's list, or before one that does, has been
-answered.
+loop believes about the device comes from there. Groups are answered in order (4802h), and their
+records are cleared (0101h) only after the answer: whoever crashes in between reads them again, and
+a group that stands in the device's list, or before one that does, has been answered.
+
+Acceptances do not wait for one another: each names its extents, so the device cannot take it for
+another group's, and one that comes too early is refused there and sent again. A refusal names
+nothing and goes alone.
 
 Not certain: a *refusal* whose response was lost is sent again, and could then refuse the next
 group, because a refusal names nothing. The orchestrator sees that group refused and offers it
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -53,6 +57,8 @@ RETRY_NS = 20 * MILLISECOND
 """After Retry Required or Busy."""
 RETRIES_MAX = 100
 BACKLOG_MAX = 4096
+ANSWERS_IN_FLIGHT_MAX = 16
+"""Acceptances on their way at the same time; the device commits them together."""
 
 _AGAIN = (ReturnCode.RETRY_REQUIRED, ReturnCode.BUSY)
 _NOT_PENDING = (ReturnCode.INVALID_INPUT, ReturnCode.INVALID_PHYSICAL_ADDRESS)
@@ -94,12 +100,16 @@ class HostLink:
         self._then: dict[int, Then] = {}
         self._backlog: deque[_Waiting] = deque()
         self._answers: deque[r.Answer] = deque()
-        self._answering: r.Answer | None = None
+        self._sent: set[int] = set()
+        """Groups whose answer was sent; the oldest of `_answers` is settled first."""
+        self._too_early: set[int] = set()
+        """Those of them whose answer was refused while an older one was not settled."""
         self._retries = 0
         self._retry_at: Nanoseconds | None = None
         self._poll_at: Nanoseconds | None = None
         self._getting = False
         self._again = False
+        self._more = False
         self._clearing = False
         self._early: list[Group] = []
         self._regions: tuple[r.Region, ...] = ()
@@ -154,8 +164,9 @@ class HostLink:
             self._break(f"no answer within {MAILBOX_REQUEST_DEADLINE_NS // MILLISECOND} ms")
         if self._retry_at is not None and self._retry_at <= now:
             self._retry_at = None
-            if self._answering is not None:
-                self._answer(self._answering.accepted)
+            if self._answers:
+                self._answer(self._answers[0], self._answers[0].accepted)
+            self._send_answers()
         if self._poll_at is not None and self._poll_at <= now:
             self._poll_at = None
             self._get()
@@ -178,7 +189,7 @@ class HostLink:
         if isinstance(effect, r.Answer):
             if self._log.find(effect.group) is not None:
                 self._answers.append(effect)
-                self._next_answer()
+                self._send_answers()
         elif isinstance(effect, r.Acknowledge):
             self._done(effect.group)
         elif isinstance(effect, r.ReturnExtents):
@@ -365,6 +376,7 @@ class HostLink:
         if body.overflow:
             # Records were lost: the device's list is the truth (CXL r3.1 8.2.9.2.2).
             self._overflowed()
+        self._more = body.more_records
         if self._again:
             self._get()
         self._clear()
@@ -417,27 +429,40 @@ class HostLink:
             self._break(f"0101h was answered with {return_code_name(response.return_code)}")
             return
         self._log.cleared(handles)
-        self._get()
+        if self._more or self._log.empty:
+            self._get()
+        else:
+            # What waits for its answer would only be read again: the next clearing, or a
+            # notification, comes soon.
+            self._clear()
 
     # ---- answers and releases
 
-    def _next_answer(self) -> None:
-        if self._answering is None and self._answers:
-            self._answering = self._answers.popleft()
-            self._retries = 0
-            self._answer(self._answering.accepted)
+    def _send_answers(self) -> None:
+        if self._retry_at is not None:
+            return
+        for answer in islice(self._answers, ANSWERS_IN_FLIGHT_MAX):
+            if answer.group not in self._sent:
+                if self._sent and not answer.accepted:
+                    return
+                self._sent.add(answer.group)
+                self._answer(answer, answer.accepted)
+            if not answer.accepted:
+                return
 
-    def _answer(self, accepted: tuple[r.Span, ...], because: int = 0) -> None:
+    def _answer(self, answer: r.Answer, accepted: tuple[r.Span, ...], because: int = 0) -> None:
         extents = tuple(UpdatedExtent(dpa, length) for dpa, length in accepted)
         self._ask(
             Opcode.ADD_DC_RESPONSE,
             memdev.AddDcResponseRequest(extents),
-            lambda response: self._answer_taken(response, accepting=bool(extents), because=because),
+            lambda response: self._answer_taken(
+                answer, response.return_code, accepting=bool(extents), because=because
+            ),
         )
 
-    def _answer_taken(self, response: Response, *, accepting: bool, because: int) -> None:
-        answer, code = self._answering, response.return_code
-        if answer is None:
+    def _answer_taken(self, answer: r.Answer, code: int, *, accepting: bool, because: int) -> None:
+        if code != 0 and answer is not self._answers[0]:
+            self._too_early.add(answer.group)
             return
         if code in _AGAIN and self._retries < RETRIES_MAX:
             self._retries += 1
@@ -445,15 +470,19 @@ class HostLink:
             return
         if code != 0 and accepting and code not in _NOT_PENDING:
             # The device cannot take our acceptance, and still waits for an answer to this group.
-            self._answer((), because=code)
+            self._answer(answer, (), because=code)
             return
         if code != 0 and code not in _NOT_PENDING:
             self._break(f"4802h was answered with {return_code_name(code)}")
             return
-        self._answering = None
+        self._answers.remove(answer)
+        self._sent.discard(answer.group)
+        self._sent -= self._too_early
+        self._too_early.clear()
+        self._retries = 0
         self._events.append(r.Answered(self.appliance, answer.group, because or code))
         self._done(answer.group)
-        self._next_answer()
+        self._send_answers()
 
     def _return(self, effect: r.ReturnExtents) -> None:
         extents = tuple(UpdatedExtent(dpa, length) for dpa, length in effect.extents)

@@ -69,6 +69,7 @@ class Worker:
         self._work = work
         self._orders: list[Effect] = []
         self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = (
             None if inline else ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         )
@@ -78,9 +79,17 @@ class Worker:
         self._orders.append(effect)
         self._wake.set()
 
+    def tell(self, function: Callable[..., object], *args: object) -> None:
+        """From the work: call a function in the loop."""
+        assert self._loop is not None
+        if self._thread is None:
+            function(*args)
+        else:
+            self._loop.call_soon_threadsafe(function, *args)
+
     async def run(self) -> None:
         """Until cancelled."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -211,7 +220,7 @@ class HostService:
         self._stopping.set()
 
     def _post(self, event: Event) -> None:
-        """From a worker."""
+        """From a worker's thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.engine.post, event)
 
@@ -348,6 +357,9 @@ class HostService:
 
     # ---- in the device worker
 
+    def _post_device(self, event: Event) -> None:
+        self._device_worker.tell(self.engine.post, event)
+
     def _work_devices(self, orders: list[Effect]) -> None:
         for order in orders:
             if isinstance(order, r.Surface):
@@ -378,26 +390,25 @@ class HostService:
             found = self._devices.surface(source)
         except OSError as error:
             reason = f"{error.strerror} ({error.filename})" if error.filename else str(error)
-            self._post(r.SurfaceFailed(order.tag, order.ticket, reason))
+            self._post_device(r.SurfaceFailed(order.tag, order.ticket, reason))
             return
-        self._post(r.Surfaced(order.tag, order.ticket, found))
+        self._post_device(r.Surfaced(order.tag, order.ticket, found))
 
     def _withdraw(self, order: r.Withdraw) -> None:
         try:
             left = self._devices.withdraw(order.tag)
         except OSError as error:
-            self._post(r.WithdrawFailed(order.tag, order.ticket, str(error)))
+            self._post_device(r.WithdrawFailed(order.tag, order.ticket, str(error)))
             return
-        self._post(r.Withdrawn(order.tag, order.ticket, left))
+        self._post_device(r.Withdrawn(order.tag, order.ticket, left))
 
     def _return(self, order: r.ReturnExtents) -> None:
-        assert self._loop is not None
         if not self._give_up(order.tag):
-            self._post(r.Returned(order.appliance, order.tag, ReturnCode.INTERNAL_ERROR))
+            self._post_device(r.Returned(order.appliance, order.tag, ReturnCode.INTERNAL_ERROR))
             return
         connection = self.connections.get(order.appliance)
         if connection is not None:
-            self._loop.call_soon_threadsafe(connection.perform, order)
+            self._device_worker.tell(connection.perform, order)
 
     def _give_up(self, tag: str) -> bool:
         close_quietly(self._media_kept.pop(tag, -1))

@@ -25,6 +25,8 @@ HELD_RETRY_SECONDS = 0.5
 """Between two looks at who still maps what was taken by force."""
 
 Job = Generator[None, None, Wiped]
+Call = Callable[..., None]
+"""Has the loop call a function: at once from the loop itself, in its next turn from a thread."""
 
 
 class Sanitiser:
@@ -46,7 +48,7 @@ class Sanitiser:
         if effect.forced or sum(piece.length for piece in effect.pieces) > SMALL_BYTES:
             self._queue(effect, job)
         else:
-            self._loop.call_soon(self._advance, effect, job)
+            self._loop.call_soon(self._advance, effect, job, _at_once)
 
     def _queue(self, effect: Sanitise, job: Job) -> None:
         with self._wake:
@@ -78,26 +80,23 @@ class Sanitiser:
                 if self._ending:
                     return
                 effect, job = self._jobs.popleft()
-            self._advance(effect, job)
+            self._advance(effect, job, self._in_loop)
 
-    def _advance(self, effect: Sanitise, job: Job) -> None:
+    def _advance(self, effect: Sanitise, job: Job, call: Call) -> None:
         try:
             next(job)
         except StopIteration as end:
-            self._report(_done(effect, end.value))
+            call(self._post, _done(effect, end.value))
         except BlockingIOError as error:
             log.warning("sanitise %s waits: %s", effect.file, error)
-            self._call(self._retry, effect)
+            call(self._retry, effect)
         except (OSError, ValueError) as error:
             log.error("sanitise %s failed: %s", effect.file, error)
-            self._report(SanitiseFailed(effect.id, effect.allocation, str(error)))
+            call(self._post, SanitiseFailed(effect.id, effect.allocation, str(error)))
         else:
             self._queue(effect, job)
 
-    def _report(self, event: Event) -> None:
-        self._call(self._post, event)
-
-    def _call(self, function: Callable[..., object], *args: object) -> None:
+    def _in_loop(self, function: Callable[..., object], *args: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
@@ -108,6 +107,10 @@ class Sanitiser:
 
     def _retry(self, effect: Sanitise) -> None:
         self._loop.call_later(HELD_RETRY_SECONDS, self.perform, effect)
+
+
+def _at_once(function: Callable[..., object], *args: object) -> None:
+    function(*args)
 
 
 def _done(effect: Sanitise, wiped: Wiped) -> SanitiseDone:

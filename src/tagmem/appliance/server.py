@@ -101,6 +101,9 @@ class Session:
         self._responder = Responder(MctpStream(DEVICE_EID, FM_EID))
         self._outstanding = 0
         self._paused = False
+        self._flush_due = False
+        self._notify_due = False
+        self._loop = asyncio.get_running_loop()
         self.open = True
 
     # ---- told by the connection
@@ -133,9 +136,9 @@ class Session:
     # ---- told by the server
 
     def notify(self) -> None:
-        """Tell the peer that the dynamic capacity log has records."""
-        self._responder.notify(1 << DC_LOG)
-        self._flush()
+        """Tell the peer, once for all records of a commit, that its log has some."""
+        self._notify_due = True
+        self._flush_soon()
 
     def end(self, reason: str) -> None:
         """Close the connection."""
@@ -180,7 +183,7 @@ class Session:
             self._fail(request, plan, str(failure))
         else:
             self._answer(request, plan, future.result())
-        self._flush()
+        self._flush_soon()
         self._unpause()
 
     def _fail(self, request: Request, plan: Ask, reason: str) -> None:
@@ -243,7 +246,17 @@ class Session:
 
     # ---- flow
 
+    def _flush_soon(self) -> None:
+        """A commit brings many answers: they leave together."""
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
     def _flush(self) -> None:
+        self._flush_due = False
+        if self._notify_due:
+            self._notify_due = False
+            self._responder.notify(1 << DC_LOG)
         if self._responder.pending_bytes and self.open:
             self._connection.send(self._responder.outgoing())
             if self._connection.pending_bytes > UNREAD_BYTES_MAX:

@@ -7,14 +7,16 @@ Rows are kept encoded, so what cannot be written or read back fails here as it w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from tagmem.base.errors import StorageFailed
 from tagmem.base.limits import HISTORY_RETENTION
-from tagmem.ports import Batch, HistoryEntry, Loaded
-from tagmem.store.codec import Codec, prune_before
+from tagmem.base.units import Nanoseconds
+from tagmem.ports import Batch, Finish, HistoryEntry, Loaded
+from tagmem.store.codec import Codec, Rows, prune_before
 
 
 class MemoryStore:
@@ -47,9 +49,16 @@ class MemoryStore:
 
     def commit(self, batch: Batch) -> int:
         """Keep a batch whole, or raise StorageFailed."""
+        return self.begin(batch)()
+
+    def begin(self, batch: Batch) -> Finish:
+        """Encode a batch, or raise StorageFailed; what is returned keeps it."""
         rows = self._codec.rows(batch)
         if self.refusal is not None:
             raise StorageFailed(self.refusal)
+        return partial(self._finish, rows, batch.at_ns)
+
+    def _finish(self, rows: Rows, at_ns: Nanoseconds) -> int:
         for kind, key, doc in rows.puts:
             self._records[kind, key] = doc
         for kind, key in rows.deletes:
@@ -61,7 +70,7 @@ class MemoryStore:
         for type_, subject, data in rows.notes:
             self._last += 1
             decoded = self._codec.data(data)
-            entry = HistoryEntry(self._last, batch.at_ns, type_, subject, decoded)
+            entry = HistoryEntry(self._last, at_ns, type_, subject, decoded)
             self._history[self._last] = entry
         upto = prune_before(self._oldest, self._last, self._retention)
         while self._oldest <= upto:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import msgspec
 
 from tagmem.base.errors import Conflict, StorageFailed, TagmemError, Unsupported
 from tagmem.base.limits import HISTORY_RETENTION
-from tagmem.ports import Batch, HistoryEntry, Loaded
+from tagmem.ports import Batch, Finish, HistoryEntry, Loaded
 from tagmem.store.codec import Codec, Rows, prune_before
 
 _HERE = Path(__file__).parent
@@ -202,7 +203,12 @@ class SqliteStore:
 
     def commit(self, batch: Batch) -> int:
         """Make a batch durable, or raise StorageFailed with nothing of it kept."""
+        return self.begin(batch)()
+
+    def begin(self, batch: Batch) -> Finish:
+        """All of a commit but the waiting for the disk; see `ports.Store`."""
         rows = self._codec.rows(batch)
+        begun = False
         with self._lock:
             writer = self._open()
             last = self._last + len(rows.notes)
@@ -211,6 +217,18 @@ class SqliteStore:
                 writer.execute("BEGIN IMMEDIATE")
                 self._check_epoch(writer)
                 self._write(writer, rows, batch.at_ns, upto)
+                begun = True
+            except apsw.Error as error:
+                raise self._failure("refused a commit", error) from error
+            finally:
+                if not begun:
+                    self._roll_back(writer)
+        return partial(self._finish, last, upto, rows.last_effect_id)
+
+    def _finish(self, last: int, upto: int, last_effect_id: int) -> int:
+        with self._lock:
+            writer = self._open()
+            try:
                 writer.execute("COMMIT")
             except apsw.Error as error:
                 raise self._failure("refused a commit", error) from error
@@ -218,7 +236,7 @@ class SqliteStore:
                 self._roll_back(writer)
             self._last = last
             self._oldest = max(self._oldest, upto + 1)
-            self._last_effect_id = max(self._last_effect_id, rows.last_effect_id)
+            self._last_effect_id = max(self._last_effect_id, last_effect_id)
             if self._log_pages >= self._checkpoint_pages:
                 # Everything is in the log still; if this goes on failing, so will the commits.
                 with suppress(apsw.Error):

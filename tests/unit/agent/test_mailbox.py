@@ -192,6 +192,65 @@ def test_retry_required_is_waited_for() -> None:
     assert wire_.later(SECOND) == [r.Answered("a0", offered.group, 0)]
 
 
+def three_offers(wire_: Wire) -> list[int]:
+    """The numbers of three groups of one extent each."""
+    wire_.run()
+    for number in range(3):
+        wire_.device.group(DcEventType.ADD_CAPACITY, wire(number * 2 * MIB))
+    return [event.group for event in wire_.notify() if isinstance(event, r.Offered)]
+
+
+def acceptance(group: int, number: int) -> r.Answer:
+    return r.Answer(0, "a0", group, ((number * 2 * MIB, 2 * MIB),))
+
+
+def test_acceptances_do_not_wait_for_one_another() -> None:
+    wire_ = Wire()
+    groups = three_offers(wire_)
+    for number, group in enumerate(groups):
+        wire_.link.perform(acceptance(group, number), wire_.now)
+    sent = wire_.responder.feed(wire_.link.outgoing())
+    assert [request.opcode for request in sent if isinstance(request, Request)] == [
+        Opcode.ADD_DC_RESPONSE
+    ] * 3
+
+
+def test_an_acceptance_that_came_too_early_is_sent_again_behind_the_older_one() -> None:
+    wire_ = Wire()
+    groups = three_offers(wire_)
+    wire_.device.codes[Opcode.ADD_DC_RESPONSE] = [
+        ReturnCode.RETRY_REQUIRED,
+        ReturnCode.INVALID_INPUT,
+        ReturnCode.INVALID_INPUT,
+    ]
+    for number, group in enumerate(groups):
+        wire_.link.perform(acceptance(group, number), wire_.now)
+    assert wire_.run() == []
+    heard = wire_.later(SECOND)
+    assert heard == [r.Answered("a0", group, 0) for group in groups]
+    assert [extents[0].start_dpa for extents in wire_.device.answers] == [0, 2 * MIB, 4 * MIB]
+    assert wire_.device.log == []
+
+
+def test_a_refusal_goes_alone() -> None:
+    wire_ = Wire()
+    first, second, third = three_offers(wire_)
+    wire_.link.perform(acceptance(first, 0), wire_.now)
+    wire_.link.perform(r.Answer(0, "a0", second, ()), wire_.now)
+    wire_.link.perform(acceptance(third, 2), wire_.now)
+    sent: list[int] = []
+    while data := wire_.link.outgoing():
+        answers = 0
+        for request in wire_.responder.feed(data):
+            assert isinstance(request, Request)
+            answers += request.opcode == Opcode.ADD_DC_RESPONSE
+            wire_.responder.respond(request, *wire_.device.answer(request))
+        wire_.link.feed(wire_.responder.outgoing(), wire_.now)
+        sent.append(answers)
+    assert [count for count in sent if count] == [1, 1, 1]
+    assert [len(extents) for extents in wire_.device.answers] == [1, 0, 1]
+
+
 def test_an_acceptance_that_the_device_cannot_take_becomes_a_refusal() -> None:
     wire_ = Wire()
     wire_.run()
