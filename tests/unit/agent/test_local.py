@@ -1,0 +1,111 @@
+"""The agent's local socket: lines of JSON, errors by kind, descriptors beside them; and what the
+machine keeps of VMs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tagmem.agent.local import LINE_BYTES_MAX, LocalApi
+from tagmem.agent.loop import AgentMachine
+from tagmem.agent.vms import KeepVm, VmTable
+from tagmem.base.errors import NotFound
+from tagmem.io import stream
+from tagmem.ports import Emit, Loaded
+
+
+class Vms:
+    """`ports.Hypervisors` of no VM."""
+
+    async def restore(self, kept: Mapping[str, str]) -> None: ...
+
+    async def call(self, request: Mapping[str, Any], emit: Emit) -> Mapping[str, Any]:
+        if request["vm"] != "exec":
+            raise NotFound("no VM db1")
+        emit({"stream": 1, "data": "aGk="})
+        return {"exit_code": 3}
+
+    async def release(self, tag: str, deadline_ns: int, *, may_stop_vm: bool) -> str:
+        return ""
+
+    async def close(self) -> None: ...
+
+
+def lend(tag: str, writable: bool) -> int:
+    if tag != "known":
+        raise NotFound(f"tag {tag}")
+    return os.open("/dev/zero", os.O_RDONLY)
+
+
+def talk(path: Path, *lines: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """What is answered to these lines, one after another, and the descriptors that came."""
+    answers, descriptors = [], []
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(5)
+        link.connect(str(path))
+        for line in lines:
+            link.sendall(line + b"\n")
+            text = b""
+            while not text.endswith(b"\n") or (b"done" not in text and b"error" not in text):
+                data, came, _, _ = socket.recv_fds(link, 65536, 4)
+                if not data:
+                    return answers, descriptors
+                text += data
+                descriptors += came
+            answers += [json.loads(part) for part in text.splitlines()]
+    return answers, descriptors
+
+
+def ask(path: Path, *lines: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    async def serve() -> tuple[list[dict[str, Any]], list[int]]:
+        api = LocalApi(str(path), lend, Vms())
+        api.start(stream.listen)
+        try:
+            return await asyncio.to_thread(talk, path, *lines)
+        finally:
+            api.close()
+
+    return asyncio.run(serve())
+
+
+def test_a_commands_output_comes_before_its_end(tmp_path: Path) -> None:
+    answers, _ = ask(tmp_path / "s", b'{"vm": "exec"}')
+    assert answers == [{"stream": 1, "data": "aGk="}, {"exit_code": 3, "done": True}]
+
+
+def test_errors_have_a_kind(tmp_path: Path) -> None:
+    answers, _ = ask(tmp_path / "s", b'{"vm": "show"}', b"nonsense", b"[]", b'{"what": 1}')
+    assert [answer["kind"] for answer in answers] == ["not-found", "invalid", "invalid", "invalid"]
+
+
+def test_a_descriptor_is_lent(tmp_path: Path) -> None:
+    answers, descriptors = ask(tmp_path / "s", b'{"open": "known"}', b'{"open": "other"}')
+    assert answers[0] == {"tag": "known", "done": True}
+    assert answers[1]["kind"] == "not-found"
+    assert len(descriptors) == 1
+    assert os.read(descriptors[0], 4) == bytes(4)
+    os.close(descriptors[0])
+
+
+def test_a_line_that_is_too_long_ends_the_connection(tmp_path: Path) -> None:
+    answers, _ = ask(tmp_path / "s", b"x" * (LINE_BYTES_MAX + 70_000), b'{"vm": "show"}')
+    assert answers == [] or answers[0]["kind"] == "invalid"
+
+
+def test_what_is_kept_of_vms_comes_back() -> None:
+    machine = AgentMachine()
+    step = machine.step(KeepVm("vm/db1", "{}"), 0)
+    change = step.changes[0]
+    assert (change.kind, change.key) == ("vm", "vm/db1")
+    again = AgentMachine()
+    again.restore(Loaded([(change.kind, change.key, change.record)], [], 0))
+    assert again.vms.documents == {"vm/db1": "{}"}
+    assert again.step(KeepVm("vm/db1", None), 1).changes[0].record is None
+    assert again.vms.documents == {}
+    assert VmTable().documents == {}
