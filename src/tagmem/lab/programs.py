@@ -102,10 +102,12 @@ for fd in 0, 1, 2:
     os.dup2(os.open('/dev/null', os.O_RDWR), fd)
 agents = []
 for name in os.listdir('/proc'):
-    if name.isdecimal():
+    try:
         with open('/proc/' + name + '/cmdline', 'rb') as file:
-            if b'tagmem.guest' in file.read().split(b'\\0'):
+            if name.isdecimal() and b'tagmem.guest' in file.read().split(b'\\0'):
                 agents.append(int(name))
+    except OSError:
+        pass
 time.sleep(0.3)
 for pid in agents:
     os.kill(pid, signal.SIGSTOP)
