@@ -13,7 +13,7 @@ FAST  := $(wildcard tests/test_*.py \
 	$(addprefix tests/,unit property vectors contract scenarios docs))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup static check test test-fast sim scenario demo bench up down docs format \
+.PHONY: help setup static check test test-vm test-fast sim scenario demo bench up down docs format \
 	lock clean distclean
 
 help: ## what there is
@@ -33,8 +33,11 @@ check: static ## format, lint, types, import contracts, tidy and the fast tests;
 
 test-fast: check ## the same as check
 
-test: static ## everything: check, simulator, real processes, the demo, the documents
-	$(PYTEST) -n $(JOBS) --dist loadgroup tests
+test: static ## everything but real guests: check, simulator, real processes, the demo, the documents
+	$(PYTEST) -n $(JOBS) --dist loadgroup --ignore=tests/vm tests
+
+test-vm: setup ## real guests on both QEMUs (brings 200 MB of Debian packages into a cache folder)
+	$(PYTEST) tests/vm
 
 sim: setup ## simulated worlds; SEED=123 for that one
 	$(PYTEST) $(if $(SEED),-s --seed $(SEED),-n $(JOBS)) tests/sim

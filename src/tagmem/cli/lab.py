@@ -131,6 +131,13 @@ def run(qemu: str, memory: int, cpus: int, quiet: bool, command: tuple[str, ...]
     "--qemu", "names", type=qemu_choice, multiple=True, help="Only on this one; may be repeated."
 )
 @click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="KEY",
+    help="Only this column of the rows, as the JSON calls it; may be repeated.",
+)
+@click.option(
     "--docs",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("docs"),
@@ -143,6 +150,7 @@ def run(qemu: str, memory: int, cpus: int, quiet: bool, command: tuple[str, ...]
 def compare(
     only: tuple[str, ...],
     names: tuple[str, ...],
+    columns: tuple[str, ...],
     docs: Path,
     render: bool,
     quiet: bool,
@@ -150,18 +158,23 @@ def compare(
 ) -> None:
     """Measure every way of presenting a tag to a VM, on real guests, and write the comparison.
 
-    Takes about ten minutes under emulation, one guest at a time. With --only, the rows of an
-    earlier run that are not measured anew stay.
+    Takes about ten minutes under emulation, one guest at a time. With --only, --qemu
+    and --column, what an earlier run measured and this one does not stays.
     """
     import asyncio
 
     from tagmem.base.errors import InvalidInput
     from tagmem.lab import compare as comparing
+    from tagmem.lab import report as reporting
     from tagmem.lab.packages import silent
 
     for name in only:
         if name not in comparing.ORDER:
             raise InvalidInput("only", f"one of {', '.join(comparing.ORDER)}", name)
+    for key in columns:
+        known = [heading.key for heading in reporting.HEADINGS]
+        if key not in known:
+            raise InvalidInput("column", f"one of {', '.join(known)}", key)
     before = _recorded(docs)
     if render and before is None:
         raise InvalidInput("docs", "a folder with comparison.json", str(docs))
@@ -171,7 +184,8 @@ def compare(
             comparing.compare(
                 only or comparing.ORDER,
                 names or comparing.QEMUS,
-                before if only or names else None,
+                columns,
+                before if only or names or columns else None,
                 lambda grown: _write(docs, grown),
                 silent if quiet else _tell,
             )

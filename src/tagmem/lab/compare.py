@@ -85,8 +85,8 @@ def _unanswered(keys: Sequence[str], why: str) -> Answers:
     return {key: Cell(f"not measured: {short(why)}", why, "not-measured") for key in keys}
 
 
-async def one_option(bench: Bench, way: Presenter, report: Report) -> Trial:
-    """All questions but the panic."""
+async def one_option(bench: Bench, way: Presenter, columns: Sequence[str], report: Report) -> Trial:
+    """All questions (those for some columns, if any are named) but the panic."""
     trial = Trial(bench, way, at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"))
     before = os.getloadavg()[0]
     facts = await bench.vm.facts()
@@ -99,6 +99,8 @@ async def one_option(bench: Bench, way: Presenter, report: Report) -> Trial:
         report(f"{way.describe().name}: impossible: {reason}")
         return trial
     for keys, question in QUESTIONS:
+        if columns and not set(keys) & set(columns):
+            continue
         if bench.vm.gone:
             trial.cells |= _unanswered(keys, "QEMU had ended in an earlier experiment")
             continue
@@ -138,7 +140,12 @@ def spec(name: str) -> GuestSpec:
 
 
 async def on_qemu(
-    lab: Lab, name: str, wanted: Sequence[str], report: Report, keep: Callable[[list[Row]], None]
+    lab: Lab,
+    name: str,
+    wanted: Sequence[str],
+    columns: Sequence[str],
+    report: Report,
+    keep: Callable[[list[Row]], None],
 ) -> None:
     """All options on one QEMU. `keep` is given the rows as they grow."""
     ways = {n: way for n, way in all_presenters().items() if n in wanted}
@@ -156,9 +163,9 @@ async def on_qemu(
                 kernel = (await bench.boot()).kernel
                 await bench.python(programs.ONLINE, "online_movable")
                 report(f"QEMU {name}: guest booted under {bench.guest.accel.upper()}")
-            trials.append(await one_option(bench, ways[option], report))
+            trials.append(await one_option(bench, ways[option], columns, report))
             keep([_row(trial, kernel) for trial in trials])
-        if bench is not None and not bench.vm.gone:
+        if bench is not None and not bench.vm.gone and (not columns or "panicked" in columns):
             try:
                 await panicked(bench, trials, report)
             except TagmemError as error:
@@ -168,7 +175,7 @@ async def on_qemu(
         if bench is not None:
             await bench.end()
     for trial in trials:
-        if trial.cells.get("attach", Cell("")).text != "impossible":
+        if not columns and trial.cells.get("attach", Cell("")).text != "impossible":
             trial.cells |= ex.conclude(trial.cells)
     keep([_row(trial, kernel) for trial in trials])
 
@@ -179,6 +186,13 @@ def _row(trial: Trial, kernel: str) -> Row:
         what.name, what.summary, guest.spec.qemu, guest.accel, kernel,
         dict(trial.cells), trial.load, trial.at,
     )  # fmt: skip
+
+
+def _completed(row: Row, before: Comparison) -> Row:
+    """With the cells of an earlier run that were not asked for anew, and what follows from all."""
+    same = [old for old in before.rows if (old.option, old.qemu) == (row.option, row.qemu)]
+    cells = (same[0].cells if same else {}) | row.cells
+    return structs.replace(row, cells=cells | ex.conclude(cells))
 
 
 def _place(option: str) -> int:
@@ -197,6 +211,7 @@ def machine_facts(lab: Lab, names: Sequence[str]) -> dict[str, str]:
 async def compare(
     wanted: Sequence[str],
     names: Sequence[str],
+    columns: Sequence[str],
     before: Comparison | None,
     keep: Callable[[Comparison], None],
     report: Report = silent,
@@ -214,11 +229,13 @@ async def compare(
 
     def grown(rows: list[Row]) -> None:
         nonlocal made
+        if columns:
+            rows = [_completed(row, made) for row in rows]
         made = merged(made, facts, rows, ORDER)
         keep(made)
 
     keep(made)
     for name in names:
         if any(option in built for option in wanted):
-            await on_qemu(lab, name, wanted, report, grown)
+            await on_qemu(lab, name, wanted, columns, report, grown)
     return made

@@ -166,7 +166,7 @@ def recommendation(comparison: Comparison) -> str:
     others = [
         row
         for row in comparison.rows
-        if row not in sure and _yes(row, "tag") and _yes(row, "dax") and _leaves(row)
+        if _no(row, "guaranteed") and _yes(row, "tag") and _yes(row, "dax") and _leaves(row)
     ]
     if others:
         said.append(
@@ -174,7 +174,7 @@ def recommendation(comparison: Comparison) -> str:
             "as DAX in the same way, and an idle one leaves, but a guest that does not answer "
             "keeps the bytes until its VM ends; whoever attaches it is told so."
         )
-    unsure = [row for row in comparison.rows if cell(row, "guaranteed").text.startswith("no")]
+    unsure = [row for row in comparison.rows if _no(row, "guaranteed")]
     rest = [row for row in unsure if row not in others]
     if rest:
         said.append(
@@ -182,6 +182,10 @@ def recommendation(comparison: Comparison) -> str:
             + "; ".join(f"{label(row)} ({_fault(row)})" for row in rest)
             + "."
         )
+    open_ = [row for row in comparison.rows if row.cells and row not in (*sure, *unsure)]
+    if open_:
+        why = "; ".join(f"{label(row)} ({cell(row, 'guaranteed').text})" for row in open_)
+        said.append(f"Left open, because an experiment has no result: {why}.")
     blank = [row.option for row in comparison.rows if not row.cells]
     if blank:
         said.append(f"Nothing is said of {', '.join(blank)}: not built yet.")
@@ -205,7 +209,7 @@ def _praise(row: Row) -> str:
 def _fault(row: Row) -> str:
     for key in ("paused", "panicked", "silent", "holder"):
         found = cell(row, key)
-        if found.text.startswith("no"):
+        if _no(row, key):
             title = next(heading.title for heading in HEADINGS if heading.key == key)
             return f"{title}: {found.text}"
     return cell(row, "guaranteed").text
@@ -213,6 +217,10 @@ def _fault(row: Row) -> str:
 
 def _yes(row: Row, key: str) -> bool:
     return cell(row, key).text.startswith("yes")
+
+
+def _no(row: Row, key: str) -> bool:
+    return cell(row, key).text.startswith(("no:", "no ("))
 
 
 def _leaves(row: Row) -> bool:
@@ -228,7 +236,9 @@ def _figure(row: Row, key: str) -> float:
     return float("inf") if value is None else value
 
 
-_UPSTREAM = """What would make the best option better, the most useful first:
+_UPSTREAM = """What would make the best option better, the most useful first. What is said of CXL,
+of NVDIMM identities and of crashes comes from QEMU's source and from single trials, not from the
+run above.
 
 - **A named `vhost-user-pmem` in QEMU.** It works through the generic *test* device today, whose
   configuration a user must know by number. A named one can say that it owns its memory, and be

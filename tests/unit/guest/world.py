@@ -34,6 +34,14 @@ signal.pause()
 """
 
 
+def _readable(pid: str) -> bool:
+    try:
+        os.listdir(f"/proc/{pid}/fd")
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        return False
+    return True
+
+
 class ReadableProver(Prover):
     """The real one, on the processes that this user may read: not all, on some machines."""
 
@@ -43,7 +51,7 @@ class ReadableProver(Prover):
         folder.mkdir()
 
     def _refresh(self) -> None:
-        alive = {name for name in os.listdir("/proc") if name.isdecimal() and int(name) > 1}
+        alive = {name for name in os.listdir("/proc") if name.isdecimal() and _readable(name)}
         for name in {entry.name for entry in self._folder.iterdir()} ^ alive:
             link = self._folder / name
             if name in alive:
