@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from tagmem.agent import records as r
 from tagmem.agent.loop import AgentMachine
+from tagmem.agent.vms import DetachGuests, GuestsAsked
 from tagmem.base.units import MIB, SECOND, Dpa
 from tagmem.ports import Batch, Effect, Event, Holding, Tick
 from tagmem.store.memory import MemoryStore
@@ -219,6 +220,11 @@ class World(RuleBasedStateMachine):
 
     def do_readdevice(self, effect: r.ReadDevice) -> None:
         self.give(self.read(fresh=False))
+
+    def do_detachguests(self, effect: DetachGuests) -> None:
+        """There is no VM here; what is told of them changes nothing but a reason."""
+        assert effect.tag not in self.named, "asked of guests while it can be found by name"
+        self.give(GuestsAsked(effect.tag, "VM db1: it is in use"))
 
     def do_endsession(self, effect: r.EndSession) -> None:
         pass

@@ -30,11 +30,11 @@ from uuid import uuid4
 
 from tagmem.appliance.holders import holders
 from tagmem.base.errors import Conflict, InvalidInput
-from tagmem.base.units import KIB, MIB, Bytes
+from tagmem.base.units import MIB, Bytes
 from tagmem.ports import Holding, MediaPiece, Wiped
 
 READ_BYTES = 1 * MIB
-"""Compared at once. Each read lets other threads run, and taking turns costs more than the bytes."""
+"""Compared at once. Each read lets other threads run, and turns cost more than the bytes."""
 CHUNK_BYTES = 64 * MIB
 """Work between two yields."""
 _ZEROS = bytes(READ_BYTES)

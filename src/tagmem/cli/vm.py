@@ -7,10 +7,7 @@ everywhere else.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -71,6 +68,9 @@ def ask(run_dir: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The agent's lines, the last one with `done`. Raises what the agent answered, and
     AgentUnreachable.
     """
+    import json
+    import socket
+
     path = os.path.join(run_dir, "agent.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         try:
@@ -260,6 +260,8 @@ def stop_vm(ctx: click.Context, name: str, output: str | None) -> None:
 @click.pass_context
 def execute(ctx: click.Context, name: str, command: tuple[str, ...], tag: str) -> NoReturn:
     """Run a command in a guest; its output and exit code are this command's."""
+    import base64
+
     code = 1
     request = {"vm": "exec", "name": name, "argv": command, "tag": tag}
     for told in ask(ctx.obj["run_dir"], request):
