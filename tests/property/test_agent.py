@@ -221,6 +221,11 @@ class World(RuleBasedStateMachine):
     def do_readdevice(self, effect: r.ReadDevice) -> None:
         self.give(self.read(fresh=False))
 
+    def do_detachguests(self, effect: DetachGuests) -> None:
+        """There is no VM here; what is told of them changes nothing but a reason."""
+        assert effect.tag not in self.named, "asked of guests while it can be found by name"
+        self.give(GuestsAsked(effect.tag, "VM db1: it is in use"))
+
     def do_endsession(self, effect: r.EndSession) -> None:
         pass
 

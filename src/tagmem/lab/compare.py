@@ -92,10 +92,9 @@ async def one_option(bench: Bench, way: Presenter, columns: Sequence[str], repor
     facts = await bench.vm.facts()
     reason = way.can(Request(trial.tag()), facts)
     if reason is not None:
-        for keys, _ in QUESTIONS:
-            trial.cells |= {
-                key: Cell("impossible", reason, "impossible") for key in keys if key != "stock"
-            }
+        keys = [key for keys, _ in QUESTIONS for key in keys if key != "stock"]
+        for key in (*keys, "panicked", "guaranteed", "code"):
+            trial.cells[key] = Cell("impossible", reason, "impossible")
         report(f"{way.describe().name}: impossible: {reason}")
         return trial
     for keys, question in QUESTIONS:
@@ -114,7 +113,9 @@ async def one_option(bench: Bench, way: Presenter, columns: Sequence[str], repor
 
 async def panicked(bench: Bench, trials: Sequence[Trial], report: Report) -> None:
     """Last: all that could be attached together, then the guest's kernel panics."""
-    tried = [trial for trial in trials if trial.cells.get("attach", Cell("")).text != "impossible"]
+    # While a vhost-user device is there, QEMU plugs in no other memory: those come first.
+    ordered = sorted(trials, key=lambda trial: trial.way.describe().guaranteed)
+    tried = [trial for trial in ordered if trial.cells.get("attach", Cell("")).text != "impossible"]
     for trial in tried:
         trial.bench = bench
         try:

@@ -182,7 +182,12 @@ def recommendation(comparison: Comparison) -> str:
             + "; ".join(f"{label(row)} ({_fault(row)})" for row in rest)
             + "."
         )
-    open_ = [row for row in comparison.rows if row.cells and row not in (*sure, *unsure)]
+    never = [row for row in comparison.rows if cell(row, "attach").status == "impossible"]
+    if never:
+        why = "; ".join(f"{label(row)} ({cell(row, 'attach').evidence})" for row in never)
+        said.append(f"Impossible: {why}.")
+    known = (*sure, *unsure, *never)
+    open_ = [row for row in comparison.rows if row.cells and row not in known]
     if open_:
         why = "; ".join(f"{label(row)} ({cell(row, 'guaranteed').text})" for row in open_)
         said.append(f"Left open, because an experiment has no result: {why}.")
@@ -246,6 +251,9 @@ run above.
 - **Checks where QEMU dereferences.** Mapping or unmapping a shared-memory region before the device
   is started or after it was stopped must be an error to the back-end, not a crash: only then can
   bytes be taken from a *paused* guest without letting it run for a moment.
+- **Memory slots beside a vhost-user device.** While a window was attached, QEMU refused to plug in
+  any other memory ("a used vhost backend has no free memory slots left"). A window's back-end that
+  needs none of the guest's other memory should not count, and may offer more slots than it needs.
 - **A signal to the guest.** A window whose memory was taken back reads as scrap. A virtio-pmem
   notification (or the region's removal) would let the guest's kernel send SIGBUS.
 - **A tag in virtio-pmem's configuration space**, so that no header in front of the bytes is needed,

@@ -37,6 +37,7 @@ signal.pause()
 def _readable(pid: str) -> bool:
     try:
         os.listdir(f"/proc/{pid}/fd")
+        Path(f"/proc/{pid}/maps").read_bytes()
     except (PermissionError, FileNotFoundError, ProcessLookupError):
         return False
     return True
@@ -48,16 +49,18 @@ class ReadableProver(Prover):
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), threads=True)
         self._folder = folder
+        self._judged: set[str] = set()
         folder.mkdir()
 
     def _refresh(self) -> None:
-        alive = {name for name in os.listdir("/proc") if name.isdecimal() and _readable(name)}
-        for name in {entry.name for entry in self._folder.iterdir()} ^ alive:
+        alive = {name for name in os.listdir("/proc") if name.isdecimal()}
+        for name in self._judged ^ alive:
             link = self._folder / name
-            if name in alive:
+            if name not in alive:
+                link.unlink(missing_ok=True)
+            elif _readable(name):
                 link.symlink_to(f"/proc/{name}")
-            else:
-                link.unlink()
+        self._judged = alive
 
     def check(self, targets: Sequence[Target]) -> dict[str, Proof]:
         self._refresh()
