@@ -33,7 +33,7 @@ check: static ## format, lint, types, import contracts, tidy and the fast tests;
 
 test-fast: check ## the same as check
 
-test: static ## everything but real guests: check, simulator, real processes, the demo, the documents
+test: static ## all but real guests: check, simulator, real processes, the demo, the documents
 	$(PYTEST) -n $(JOBS) --dist loadgroup --ignore=tests/vm tests
 
 test-vm: setup ## real guests on both QEMUs (brings 200 MB of Debian packages into a cache folder)

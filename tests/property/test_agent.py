@@ -259,10 +259,6 @@ class World(RuleBasedStateMachine):
     def do_killholders(self, effect: r.KillHolders) -> None:
         self.holders[effect.tag].clear()
 
-    def do_detachguests(self, effect: DetachGuests) -> None:
-        """No VM has it: those who hold it here are processes."""
-        self.give(GuestsAsked(effect.tag, ""))
-
     def do_giveup(self, effect: r.GiveUp) -> None:
         assert effect.tag not in self.named
 

@@ -92,8 +92,8 @@ async def one_option(bench: Bench, way: Presenter, columns: Sequence[str], repor
     facts = await bench.vm.facts()
     reason = way.can(Request(trial.tag()), facts)
     if reason is not None:
-        keys = [key for keys, _ in QUESTIONS for key in keys if key != "stock"]
-        for key in (*keys, "panicked", "guaranteed", "code"):
+        asked = [key for keys, _ in QUESTIONS for key in keys if key != "stock"]
+        for key in (*asked, "panicked", "guaranteed", "code"):
             trial.cells[key] = Cell("impossible", reason, "impossible")
         report(f"{way.describe().name}: impossible: {reason}")
         return trial
