@@ -193,7 +193,8 @@ def _completed(row: Row, before: Comparison) -> Row:
     """With the cells of an earlier run that were not asked for anew, and what follows from all."""
     same = [old for old in before.rows if (old.option, old.qemu) == (row.option, row.qemu)]
     cells = (same[0].cells if same else {}) | row.cells
-    return structs.replace(row, cells=cells | ex.conclude(cells))
+    load = (*(same[0].load if same else ()), *row.load)
+    return structs.replace(row, cells=cells | ex.conclude(cells), load=load)
 
 
 def _place(option: str) -> int:
@@ -228,10 +229,12 @@ async def compare(
     ]
     made = merged(before, facts, fresh, ORDER)
 
+    earlier = made
+
     def grown(rows: list[Row]) -> None:
         nonlocal made
         if columns:
-            rows = [_completed(row, made) for row in rows]
+            rows = [_completed(row, earlier) for row in rows]
         made = merged(made, facts, rows, ORDER)
         keep(made)
 

@@ -88,8 +88,6 @@ class VmFacts(Value, frozen=True):
     """The machine was started with `nvdimm=on`."""
     ram_shared: bool = False
     """All of the guest's RAM is in a shared mapping, so that another process can serve queues."""
-    ram_named_first: bool = False
-    """The main RAM's backend is older than any other: without that a migration under TCG aborts."""
     slots: tuple[Slot, ...] = ()
     memory_slots_free: int = 0
     """What is left of `-m slots=`."""

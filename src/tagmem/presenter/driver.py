@@ -56,6 +56,9 @@ CLEAR_AWAY_NS = 2 * SECOND
 PROVE_NS = 2 * SECOND
 STOP_VM_NS = 10 * SECOND
 POLL_SECONDS = 0.01
+BUSY_SECONDS = 0.2
+BUSY = ("busy", "conflict")
+"""Refusals of a guest's agent that pass."""
 _RESUMABLE = ("paused", "guest-panicked")
 """States in which QEMU has stopped devices, and from which it can be made to run for a moment."""
 
@@ -153,8 +156,13 @@ async def _ask(step: AskGuest, vm: Machine) -> guest.Answer | None:
         if step.needed:
             raise OutcomeUnknown("the VM has no guest agent that could say whether it is in use")
         return None
+    end = now() + step.deadline_ns
     try:
         answer = await vm.guest.ask(step.request, step.deadline_ns)
+        # One that was silent may still be busy with what it was asked before.
+        while isinstance(answer, guest.Failed) and answer.code in BUSY and now() < end:
+            await asyncio.sleep(BUSY_SECONDS)
+            answer = await vm.guest.ask(step.request, max(end - now(), SECOND // 10))
     except OutcomeUnknown as error:
         if step.needed:
             raise

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.presenter.machines import ROOMY, TAG, FakeMachine, tagged
 
 from tagmem.base.errors import RemoteError, Unsupported
-from tagmem.base.units import MILLISECOND
+from tagmem.base.units import MILLISECOND, SECOND
 from tagmem.presenter.choose import all_presenters
 from tagmem.presenter.contract import Detached, Presentation, Request
 from tagmem.wire import guest
@@ -99,6 +99,14 @@ def test_without_force_a_silent_guest_keeps_it() -> None:
     assert not ended.done
     assert "did not answer" in ended.reason
     assert vm.log == []
+
+
+def test_a_guest_that_is_busy_is_asked_again() -> None:
+    busy = guest.Failed(1, "conflict", "it is being detached")
+    shown = msgspec.structs.replace(SHOWN)
+    vm = FakeMachine(ROOMY, busy, RELEASED)
+    ended = asyncio.run(WAYS["vhost-pmem"].detach(shown, vm, deadline_ns=SECOND))
+    assert ended.done
 
 
 def test_a_vm_without_an_agent_is_not_guessed_about() -> None:

@@ -1,0 +1,153 @@
+"""`tagmem vm` against a host's agent: a tag in a guest through the whole system, a release that
+climbs into the guest, an agent that is killed while a VM has a tag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.system.waiting import wait_until
+from tests.vm.world import HOLD
+
+TAGMEM = (sys.executable, "-m", "tagmem")
+SIZE = 32 << 20
+
+
+class System:
+    """An appliance, an orchestrator and two hosts, as `tagmem up` starts them; one VM on w1."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.environment = dict(os.environ) | {"TAGMEM_STATE_DIR": str(state)}
+
+    def tagmem(self, *words: str, code: int = 0) -> Any:
+        ran = subprocess.run(
+            [*TAGMEM, *words], env=self.environment, capture_output=True, text=True, timeout=150
+        )
+        assert ran.returncode == code, f"{words}: {ran.returncode}: {ran.stderr}"
+        return json.loads(ran.stdout) if ran.stdout.startswith(("{", "[")) else ran.stderr
+
+    def run_in_guest(self, *words: str) -> str:
+        ran = subprocess.run(
+            [*TAGMEM, "vm", "exec", "db1", "--", *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.strip()
+
+    def up(self) -> None:
+        subprocess.run(
+            [*TAGMEM, "up", "--state-dir", str(self.state)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=60,
+        )
+        path = self.running()["w1"]["run"]
+        self.environment["TAGMEM_RUN_DIR"] = path
+
+    def running(self) -> Any:
+        config = self.state / "w1.toml"
+        run = next(line for line in config.read_text().splitlines() if line.startswith("run "))
+        return {"w1": {"run": run.partition("=")[2].strip().strip('"')}}
+
+    def agent_pid(self) -> int:
+        for name in os.listdir("/proc"):
+            if name.isdecimal():
+                try:
+                    words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if b"host" in words and str(self.state / "w1.toml").encode() in words:
+                    return int(name)
+        return 0
+
+    def down(self) -> None:
+        for told in self.tagmem("vm", "list", "-o", "json"):
+            self.tagmem("vm", "stop", told["name"], "-o", "json")
+        subprocess.run(
+            [*TAGMEM, "down", "--state-dir", str(self.state)],
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=60,
+        )
+
+    def capacity(self) -> str:
+        words = ("capacity", "create", "--size", str(SIZE), "--host", "w1", "-o", "json")
+        made = self.tagmem(*words)
+        return str((made[0] if isinstance(made, list) else made)["tag"])
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    made = System(tmp_path_factory.mktemp("vms"))
+    made.up()
+    try:
+        made.tagmem("vm", "start", "db1", "--memory", "512M", "--cpus", "2", "-o", "json")
+        yield made
+    finally:
+        made.down()
+
+
+def test_a_guest_opens_the_tag_with_the_same_call(system: System) -> None:
+    tag = system.capacity()
+    shown = system.tagmem("vm", "attach", "db1", tag, "-o", "json")
+    assert shown["as"] == "vhost-pmem"
+    assert shown["guaranteed"] is True
+    code = f"import tagmem; tagmem.open('{tag}').view[0:5] = b'guest'"
+    system.run_in_guest("python3", "-c", code)
+    run_dir = Path(system.environment["TAGMEM_RUN_DIR"])
+    with (run_dir / "by-tag" / tag).open("rb") as media:
+        assert media.read(5) == b"guest"
+    assert "is in VM db1 already" in system.tagmem("vm", "attach", "db1", tag, code=4)
+    gone = system.tagmem("vm", "detach", "db1", tag, "-o", "json")
+    assert gone["rung"] == "unplug"
+    system.tagmem("capacity", "release", tag, "-o", "json")
+
+
+def test_a_release_climbs_into_the_guest(system: System) -> None:
+    tag = system.capacity()
+    shown = system.tagmem("vm", "attach", "db1", tag, "-o", "json")
+    pid = system.run_in_guest("python3", "-c", HOLD, shown["guest_path"], str(SIZE), "90")
+    refused = system.tagmem("vm", "detach", "db1", tag, "--timeout", "3", code=4)
+    assert f"process {pid}" in refused
+    released = system.tagmem("capacity", "release", tag, "-o", "json")
+    assert released["state"] == "released"
+    assert system.tagmem("vm", "list", "-o", "json")[0]["tags"] == []
+
+
+def test_an_agent_that_is_killed_finds_its_vm_again(system: System) -> None:
+    tag = system.capacity()
+    system.tagmem("vm", "attach", "db1", tag, "-o", "json")
+    before = system.tagmem("vm", "show", "db1", "-o", "json")
+    killed = system.agent_pid()
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: system.agent_pid() not in (0, killed), "a new agent")
+    socket = Path(system.environment["TAGMEM_RUN_DIR"]) / "agent.sock"
+
+    def found() -> Any:
+        ran = subprocess.run(
+            [*TAGMEM, "vm", "show", "db1", "-o", "json"],
+            env=system.environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        return json.loads(ran.stdout) if socket.exists() and ran.returncode == 0 else None
+
+    after = wait_until(found, "the VM under the new agent")
+    assert after["pid"] == before["pid"]
+    assert [shown["tag"] for shown in after["tags"]] == [tag]
+    assert after["tags"][0]["guaranteed"] is False, "its window's broker is no more"
+    system.tagmem("vm", "detach", "db1", tag, "-o", "json")
+    system.tagmem("capacity", "release", tag, "-o", "json")
