@@ -234,7 +234,7 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags) -> Hypervisors:
 
     directory = Path(settings.run) / "vm"
     directory.mkdir(mode=0o700, exist_ok=True)
-    cgroups = find_cgroup(f"tagmem-{settings.name}") if settings.use_cgroup else None
+    cgroups = find_cgroup(_cgroup_name(settings)) if settings.use_cgroup else None
 
     async def parts(spec: VmSpec, qemu: str) -> VmSpec:
         spec = await _machine_parts(spec, qemu)
