@@ -260,3 +260,18 @@ def test_down_without_up_says_so(tmp_path: Path) -> None:
     assert ended.returncode == 0
     assert "was not running" in ended.stdout
     assert not (tmp_path / "never").exists()
+
+
+def test_a_shell_that_names_the_run_directory_is_not_ours(tmp_path: Path) -> None:
+    layout = Layout.of(tmp_path)
+    named = {"TAGMEM_RUN_DIR": str(layout.run_dir("w1"))}
+    marked = {**named, "TAGMEM_WORKLOAD": "one"}
+    with (
+        subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, env=named) as shell,
+        subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, env=marked) as workload,
+    ):
+        wait_until(lambda: bool(system.strays(layout)), "the workload is not seen")
+        assert [stray.pid for stray in system.strays(layout)] == [workload.pid]
+        assert shell.poll() is None
+        for process in (shell, workload):
+            process.kill()

@@ -195,9 +195,12 @@ def remove_volatile(layout: Layout) -> None:
 
 
 def strays(layout: Layout, *, workloads: bool = True) -> list[Stray]:
-    """Processes of this system: daemons by their configuration file, workloads by environment."""
+    """Processes of this system: daemons by their configuration file, workloads by environment,
+    VMs by their sockets. People's shells have the run directory in their environment too.
+    """
     marks = {str(layout.config(daemon)).encode() for daemon in DAEMONS}
-    runs = tuple(f"TAGMEM_RUN_DIR={layout.run_dir(host)}".encode() for host in HOSTS)
+    runs = {f"TAGMEM_RUN_DIR={layout.run_dir(host)}".encode() for host in HOSTS}
+    sockets = tuple(f"{layout.run_dir(host)}/vm/".encode() for host in HOSTS)
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
@@ -207,7 +210,12 @@ def strays(layout: Layout, *, workloads: bool = True) -> list[Stray]:
             environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
         except OSError:
             continue  # it ended, or is somebody else's
-        if marks.intersection(argv) or (workloads and any(item in runs for item in environment)):
+        workload = any(item.startswith(b"TAGMEM_WORKLOAD=") for item in environment)
+        machine = any(b"qemu-system" in item for item in argv) and any(
+            socket in item for socket in sockets for item in argv
+        )
+        ours = machine or (workload and not runs.isdisjoint(environment))
+        if marks.intersection(argv) or (workloads and ours):
             command = b" ".join(argv).decode(errors="replace").strip()
             found.append(Stray(int(entry), command))
     return found
