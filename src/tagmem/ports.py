@@ -371,6 +371,18 @@ Emit = Callable[[Mapping[str, Any]], None]
 """Tells the asker something before the answer, such as a command's output."""
 
 
+class Peers(Protocol):
+    """The hypervisors of other hosts, reached through whoever knows all of them."""
+
+    async def call(self, host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `Hypervisors.serve` of that host answers.
+
+        Raises TagmemError: the other's refusal in its own kind, NotFound for no such host,
+        OutcomeUnknown without an answer (then it may have been carried out).
+        """
+        ...
+
+
 class Hypervisors(Protocol):
     """The VMs of a host, and which tags are in them.
 
@@ -383,6 +395,13 @@ class Hypervisors(Protocol):
 
     async def call(self, request: Mapping[str, Any], emit: Emit) -> Mapping[str, Any]:
         """Carry out one request of a person on this host. Raises TagmemError."""
+        ...
+
+    async def serve(self, from_host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Carry out one request of another host's hypervisors, which are not believed.
+
+        `from_host` is who asks, as the carrier proved it. Raises TagmemError.
+        """
         ...
 
     async def release(self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool) -> str:

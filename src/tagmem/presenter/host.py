@@ -25,10 +25,11 @@ from tagmem.base.errors import (
     OutcomeUnknown,
     RemoteError,
     TagmemError,
+    Unsupported,
 )
 from tagmem.base.ids import parse_name, parse_tag
 from tagmem.base.units import GIB, SECOND, Bytes, Nanoseconds
-from tagmem.ports import Emit, HostTag
+from tagmem.ports import Emit, HostTag, Peers
 from tagmem.presenter import survey
 from tagmem.presenter.broker import Broker
 from tagmem.presenter.choose import AUTO, all_presenters, pick
@@ -138,6 +139,14 @@ class Run(Value, frozen=True):
     env: dict[str, str] = {}
 
 
+class Alone:
+    """`ports.Peers` of a host that knows no other."""
+
+    async def call(self, host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Nobody can be asked."""
+        raise Unsupported(f"host {host}: this host has no way to the hypervisors of others")
+
+
 class _Entry:
     """One VM: what is kept, the process if it was reached, what is in it."""
 
@@ -153,13 +162,20 @@ class Hypervisor:
     """`ports.Hypervisors` with QEMU."""
 
     def __init__(
-        self, directory: Path, keep: Keep, tags: Tags, broker: Broker, parts: Parts
+        self,
+        directory: Path,
+        keep: Keep,
+        tags: Tags,
+        broker: Broker,
+        parts: Parts,
+        peers: Peers | None = None,
     ) -> None:
         self._directory = directory
         self._keep = keep
         self._tags = tags
         self._broker = broker
         self._parts = parts
+        self._peers = peers or Alone()
         self._ways = all_presenters()
         self._entries: dict[str, _Entry] = {}
         self._shown: dict[tuple[str, str], Presentation] = {}
@@ -511,6 +527,10 @@ class Hypervisor:
             case other:
                 verbs = "start, adopt, list, show, stop, attach, detach, exec"
                 raise InvalidInput("vm", f"one of {verbs}", other)
+
+    async def serve(self, from_host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `ports.Hypervisors`."""
+        raise InvalidInput("vm", "a request between hypervisors", request.get("vm"))
 
 
 def _read(body: Mapping[str, Any], kind: type[T]) -> T:
