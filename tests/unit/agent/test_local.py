@@ -30,6 +30,9 @@ class Vms:
         emit({"stream": 1, "data": "aGk="})
         return {"exit_code": 3}
 
+    async def serve(self, from_host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise NotFound(f"nothing for {from_host}")
+
     async def release(self, tag: str, deadline_ns: int, *, may_stop_vm: bool) -> str:
         return ""
 
