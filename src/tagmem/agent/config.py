@@ -42,6 +42,13 @@ class LimitsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expect_grace_ms: int = 2_000
 
 
+class VmsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[vms]`."""
+
+    accept_migrations: bool | tuple[str, ...] = False
+    """Whose agents may start a VM here and move one of theirs into it: nobody's unless said."""
+
+
 class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -52,6 +59,7 @@ class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`http://HOST:PORT`, or `unix:PATH` for the API's Unix socket."""
     appliance: tuple[Appliance, ...] = ()
     limits: LimitsSection = LimitsSection()
+    vms: VmsSection = VmsSection()
     use_cgroup: bool = True
     dax: Literal["emulated", "kernel"] = "emulated"
     """`kernel`: this machine's own driver has the appliance; `socket` of it is not used."""
@@ -98,6 +106,9 @@ def parse(text: str, source: str = "host.toml") -> HostConfig:
     align = config.policy().align_bytes
     if align <= 0 or align & (align - 1):
         raise InvalidInput(f"{source}: limits.align", "a power of two", align)
+    if not isinstance(config.vms.accept_migrations, bool):
+        for host in config.vms.accept_migrations:
+            parse_name(host, f"{source}: vms.accept_migrations")
     if config.limits.devices < 1:
         raise InvalidInput(f"{source}: limits.devices", "at least 1", config.limits.devices)
     return config

@@ -14,16 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from tagmem.base.errors import (
-    Conflict,
-    InvalidInput,
-    NotFound,
-    OutcomeUnknown,
-    RemoteError,
-    StorageFailed,
-    TagmemError,
-    Unsupported,
-)
+from tagmem.base.errors import InvalidInput, TagmemError, Unsupported, kind_of
 from tagmem.ports import Hypervisors
 
 log = logging.getLogger(__name__)
@@ -34,16 +25,6 @@ PENDING_BYTES_MAX = 4 << 20
 CONNECTIONS_MAX = 128
 REQUESTS_MAX = 16
 """Of one connection that wait for their turn."""
-
-_KINDS: tuple[tuple[type[TagmemError], str], ...] = (
-    (InvalidInput, "invalid"),
-    (NotFound, "not-found"),
-    (Conflict, "conflict"),
-    (Unsupported, "unsupported"),
-    (RemoteError, "remote"),
-    (OutcomeUnknown, "unknown"),
-    (StorageFailed, "storage"),
-)
 
 
 class LocalConnection(Protocol):
@@ -65,11 +46,6 @@ class LocalListener(Protocol):
 
 
 Listen = Callable[[str, Callable[[Any], None]], LocalListener]
-
-
-def kind_of(error: TagmemError) -> str:
-    """The word for an error on this wire."""
-    return next((word for kind, word in _KINDS if isinstance(error, kind)), "failed")
 
 
 class LocalApi:

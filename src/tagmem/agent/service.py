@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tagmem.agent.kernel import KernelAppliance, KernelDax
 from tagmem.agent.local import Listen, LocalApi
 from tagmem.agent.loop import AgentMachine
 from tagmem.agent.mailbox import HostLink, MediaAnswer
+from tagmem.agent.peers import PeerDesk
 from tagmem.agent.proof import Prover, Target
 from tagmem.agent.session import OrchestratorSession
 from tagmem.agent.vms import DetachGuests, GuestsAsked, KeepVm
@@ -142,9 +143,15 @@ class HostService:
         self._machine = AgentMachine(config.policy())
         self.engine = Engine(self._machine, store, clock, self._perform)
         hello = Hello(
-            config.name, _BOOT_ID.read_text().strip(), {a.name: a.ld for a in config.appliance}
+            config.name,
+            _BOOT_ID.read_text().strip(),
+            {a.name: a.ld for a in config.appliance},
+            peer_calls=True,
         )
-        self.session = OrchestratorSession(config.orchestrator, hello, self.engine.post)
+        self._peers = PeerDesk(config.vms.accept_migrations, self._serve_peer)
+        self.session = OrchestratorSession(
+            config.orchestrator, hello, self.engine.post, self._peers
+        )
         self._directories = {a.name: a.directory for a in config.appliance}
         self.connections: dict[str, Connection | KernelAppliance] = {}
         for a in config.appliance:
@@ -214,6 +221,12 @@ class HostService:
             path = os.path.join(self._config.run, "agent.sock")
             self._local = LocalApi(path, self._vms)
             self._local.start(self._listen)
+
+    async def _serve_peer(self, host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What another host's agent asks, which is about VMs."""
+        if self._vms is None:
+            raise Unsupported("its agent has no hypervisor, or is still finding its VMs")
+        return await self._vms.serve(host, request)
 
     def stop(self) -> None:
         """End `run` after the commit under way. Workloads go on; the next agent finds them."""

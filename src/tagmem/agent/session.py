@@ -2,13 +2,14 @@
 observations.
 
 Only the newest observation of each tag waits to be sent, so an orchestrator that is away or slow
-costs one message per tag at most.
+costs one message per tag at most. Calls between hosts go the same way (`peers.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,10 +19,21 @@ from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
 
 from tagmem.agent import records as r
+from tagmem.agent.peers import PeerDesk
 from tagmem.base.errors import InvalidInput
 from tagmem.base.ids import parse_tag
 from tagmem.ports import Event
-from tagmem.wire.agentapi import Desired, Hello, Observed, Rejected, decode_to_agent, encode
+from tagmem.wire.agentapi import (
+    Desired,
+    Hello,
+    Message,
+    Observed,
+    PeerAnswer,
+    PeerRequest,
+    Rejected,
+    decode_to_agent,
+    encode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +51,14 @@ class OrchestratorSession:
         url: str,
         hello: Hello,
         post: Callable[[Event], None],
+        peers: PeerDesk,
     ) -> None:
         self._url = url
+        self._peers = peers
         self._hello = hello
         self._post = post
         self._pending: dict[str, Observed] = {}
+        self._said: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._hang_up = ""
         self.connected = False
@@ -52,6 +67,11 @@ class OrchestratorSession:
     def push(self, observed: Observed) -> None:
         """Tell this, in place of what waits to be told of the same tag."""
         self._pending[observed.tag] = observed
+        self._wake.set()
+
+    def _say(self, message: Message) -> None:
+        """Of calls between hosts, of which few are under way at a time."""
+        self._said.append(message)
         self._wake.set()
 
     def hang_up(self, reason: str) -> None:
@@ -102,6 +122,7 @@ class OrchestratorSession:
 
     async def _serve(self, socket: ClientConnection) -> None:
         self._pending.clear()
+        self._said.clear()
         await socket.send(encode(self._hello).decode())
         self._post(r.SessionOpened())
         self.connected, self.last_error = True, ""
@@ -112,6 +133,7 @@ class OrchestratorSession:
                     return
         finally:
             sender.cancel()
+            self._peers.closed()
 
     def _hear(self, data: str | bytes) -> bool:
         """Post one message; False ends the session."""
@@ -122,7 +144,10 @@ class OrchestratorSession:
             elif isinstance(message, Rejected):
                 self._hang_up = f"rejected: {message.reason}"
                 return False
+            elif isinstance(message, PeerRequest | PeerAnswer):
+                self._peers.hear(message)
             else:
+                self._peers.opened(self._say if message.peer_calls else None)
                 self._post(r.SyncEnded(message.epoch))
         except (msgspec.MsgspecError, InvalidInput) as error:
             self._hang_up = f"the orchestrator said what cannot be understood: {error}"
@@ -136,11 +161,13 @@ class OrchestratorSession:
             if self._hang_up:
                 await socket.close(1008, self._hang_up[:100])
                 return
-            while self._pending:
-                tag = next(iter(self._pending))
-                observed = self._pending.pop(tag)
+            while self._pending or self._said:
+                if self._said:
+                    message = self._said.popleft()
+                else:
+                    message = self._pending.pop(next(iter(self._pending)))
                 try:
-                    await socket.send(encode(observed).decode())
+                    await socket.send(encode(message).decode())
                 except WebSocketException:
                     return  # The reader sees the end of the session, and says so.
 

@@ -14,6 +14,7 @@ TagmemError
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 
@@ -80,3 +81,44 @@ class StorageFailed(TagmemError):
     """The durable store refused to commit."""
 
     retry = Retry.LATER
+
+
+# ---- errors that were somebody else's first
+
+
+class ToldInput(InvalidInput):
+    """A field is outside its limit, in the words of who found it so."""
+
+    def __init__(self, text: str) -> None:
+        self.field, self.limit, self.value = "request", "as the other side wants it", None
+        TagmemError.__init__(self, text)
+
+
+class ToldRemote(RemoteError):
+    """A peer's error, in the words of who was told it."""
+
+    def __init__(self, text: str) -> None:
+        self.peer, self.code = "", 0
+        TagmemError.__init__(self, text)
+
+
+_KINDS: tuple[tuple[str, type[TagmemError], Callable[[str], TagmemError]], ...] = (
+    ("invalid", InvalidInput, ToldInput),
+    ("not-found", NotFound, NotFound),
+    ("conflict", Conflict, Conflict),
+    ("unsupported", Unsupported, Unsupported),
+    ("remote", RemoteError, ToldRemote),
+    ("unknown", OutcomeUnknown, OutcomeUnknown),
+    ("storage", StorageFailed, StorageFailed),
+)
+
+
+def kind_of(error: TagmemError) -> str:
+    """The word for an error where it is told to another process."""
+    return next((word for word, kind, _ in _KINDS if isinstance(error, kind)), "failed")
+
+
+def of_kind(kind: str, text: str) -> TagmemError:
+    """The error of that word again; of an unknown word, one that promises nothing."""
+    make = next((make for word, _, make in _KINDS if word == kind), TagmemError)
+    return make(text)

@@ -55,6 +55,12 @@ tells a back-end of at most 256, its RAM among them."""
 FM_REQUEST_DEADLINE_NS = 5 * SECOND
 MAILBOX_REQUEST_DEADLINE_NS = 5 * SECOND
 """Linux gives a mailbox command 2 s; sockets get a little more."""
+PEER_BYTES_MAX = 64 * KIB
+"""Of one call from host to host, and of its answer; a WebSocket message has four times the room."""
+PEER_CALLS_MAX = 16
+"""Calls that one host has made, and calls that one host is to answer, at a time."""
+PEER_CALL_NS = 150 * SECOND
+"""A call from host to host may start a QEMU, whose guest takes its time on a loaded machine."""
 EXPECT_GRACE_NS = 2 * SECOND
 """How long an agent holds an offer whose tag it was not told to expect before refusing it."""
 

@@ -9,22 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import click
 
-from tagmem.base.errors import (
-    Conflict,
-    InvalidInput,
-    NotFound,
-    OutcomeUnknown,
-    RemoteError,
-    Retry,
-    StorageFailed,
-    TagmemError,
-    Unsupported,
-)
+from tagmem.base.errors import OutcomeUnknown, Retry, TagmemError, of_kind
 from tagmem.cli.base import Group, Seconds, Size
 from tagmem.cli.render import Column, joined, show_fields, show_json, show_table, size_writer
 
@@ -37,31 +27,6 @@ class AgentUnreachable(TagmemError):
     """No host agent answers here."""
 
     retry = Retry.LATER
-
-
-class RefusedInput(InvalidInput):
-    """The agent's own words."""
-
-    def __init__(self, text: str) -> None:
-        TagmemError.__init__(self, text)
-
-
-class HypervisorRefused(RemoteError):
-    """QEMU's or a guest's refusal, in the agent's words."""
-
-    def __init__(self, text: str) -> None:
-        TagmemError.__init__(self, text)
-
-
-_ERRORS: Mapping[str, Callable[[str], TagmemError]] = {
-    "not-found": NotFound,
-    "conflict": Conflict,
-    "unsupported": Unsupported,
-    "unknown": OutcomeUnknown,
-    "storage": StorageFailed,
-    "invalid": RefusedInput,
-    "remote": HypervisorRefused,
-}
 
 
 def ask(run_dir: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -82,8 +47,7 @@ def ask(run_dir: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             while line := lines.readline(LINE_BYTES_MAX):
                 answer = json.loads(line)
                 if "error" in answer:
-                    kind = _ERRORS.get(answer.get("kind", ""), TagmemError)
-                    raise kind(str(answer["error"]))
+                    raise of_kind(str(answer.get("kind", "")), str(answer["error"]))
                 yield answer
                 if answer.get("done"):
                     return

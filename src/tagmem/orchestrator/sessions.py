@@ -2,30 +2,36 @@
 
 Level-triggered in both directions. Down, only the newest Desired of each tag waits to be sent, so
 a slow agent holds back nothing and costs one message per tag at most. Up, an agent that talks
-faster than its words can be made durable is read more slowly.
+faster than its words can be made durable is read more slowly. Calls from host to host pass through
+as they are (`relay.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 
 import msgspec
 
 from tagmem.base.errors import InvalidInput, StorageFailed
 from tagmem.base.ids import ApplianceId, HostId, parse_name, parse_tag
+from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.domain.effects import HostConnected, HostDisconnected, HostObserved, RegisterHost
 from tagmem.domain.outcome import Reply
 from tagmem.domain.records import Holder, WorkloadStatus
 from tagmem.engine import Engine, QueueFull
 from tagmem.orchestrator.asgi import Message, Receive, Send
 from tagmem.orchestrator.documents import View
+from tagmem.orchestrator.relay import Relay
+from tagmem.wire import agentapi
 from tagmem.wire.agentapi import (
     PROTOCOL_VERSION,
     Hello,
     Observed,
+    PeerAnswer,
+    PeerCall,
     Rejected,
     SyncDone,
     WorkloadReport,
@@ -41,6 +47,8 @@ OBSERVED_IN_FLIGHT_MAX = 64
 """Observations of one host that may wait for their commit before it is read on."""
 SESSIONS_MAX = 4_096
 """Hosts of one pod."""
+ANSWERS_WAITING_MAX = 64
+"""Of calls that wait for one agent to read them; beyond it the session ends."""
 HOLDERS_MAX = 64
 TEXT_MAX = 4_096
 
@@ -58,10 +66,12 @@ class SessionRefused(Exception):
 class Session:
     """One agent's connection after its Hello."""
 
-    def __init__(self, host: HostId, send: Send) -> None:
+    def __init__(self, host: HostId, send: Send, *, peer_calls: bool = False) -> None:
         self.host = host
+        self.peer_calls = peer_calls
         self._send = send
         self._pending: dict[str, bytes] = {}
+        self._said: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self.closing: tuple[int, str] | None = None
 
@@ -71,6 +81,14 @@ class Session:
         Its place is kept, so that nothing which was to be sent before SyncDone slips behind it.
         """
         self._pending[subject] = data
+        self._wake.set()
+
+    def say(self, message: agentapi.Message) -> None:
+        """Send a message that nothing newer takes the place of."""
+        if len(self._said) >= ANSWERS_WAITING_MAX:
+            self.close(CLOSE_POLICY, "what is said to it is not read")
+            return
+        self._said.append(encode(message))
         self._wake.set()
 
     def close(self, code: int, reason: str) -> None:
@@ -86,6 +104,9 @@ class Session:
             while self._pending and self.closing is None:
                 subject = next(iter(self._pending))
                 data = self._pending.pop(subject)
+                await self._send({"type": "websocket.send", "text": data.decode()})
+            while self._said and self.closing is None:
+                data = self._said.popleft()
                 await self._send({"type": "websocket.send", "text": data.decode()})
 
 
@@ -106,6 +127,8 @@ class Sessions:
         self._self_registration = self_registration
         self._changed = changed
         self._sessions: dict[str, Session] = {}
+        self._relay = Relay(self._sessions.get)
+        self._overdue: asyncio.TimerHandle | None = None
         self._arriving: Counter[str] = Counter()
         """Hosts whose HostConnected is being committed. An old session that ends meanwhile must
         not disconnect what is only just connected."""
@@ -128,6 +151,8 @@ class Sessions:
 
     def end(self) -> None:
         """The process is going: every agent is told, and dials again."""
+        if self._overdue is not None:
+            self._overdue.cancel()
         for session in self._sessions.values():
             session.close(CLOSE_GOING, "the orchestrator is stopping")
 
@@ -166,7 +191,7 @@ class Sessions:
             raise SessionRefused(f"{SESSIONS_MAX} agents are connected already")
         links = {ApplianceId(appliance): ld for appliance, ld in hello.links.items()}
         await self._register(name, hello)
-        session = Session(name, send)
+        session = Session(name, send, peer_calls=hello.peer_calls)
         self._arriving[name] += 1
         try:
             await self._submit(
@@ -218,7 +243,7 @@ class Sessions:
         self._sessions[session.host] = session
         for tag in self._view.tags_on(session.host):
             self.tell(session.host, tag)
-        session.push("", encode(SyncDone()))
+        session.push("", encode(SyncDone(peer_calls=True)))
         self._changed(session.host)
 
     async def _converse(self, session: Session, receive: Receive, send: Send) -> None:
@@ -230,6 +255,7 @@ class Sessions:
             reader.cancel()
             writer.cancel()
             ended = await asyncio.gather(reader, writer, return_exceptions=True)
+            self._relay.left(session)
             if self._sessions.get(session.host) is session:
                 del self._sessions[session.host]
                 self._leave(session.host)
@@ -248,10 +274,13 @@ class Sessions:
         in_flight = 0
         while (message := await receive())["type"] == "websocket.receive":
             observed = _decode(message)
-            if not isinstance(observed, Observed):
+            if isinstance(observed, Hello):
                 raise SessionRefused("a second Hello: open a new session instead")
             if session.closing is not None:
                 return
+            if not isinstance(observed, Observed):
+                self._pass_on(session, observed)
+                continue
             event = observed_event(session.host, observed)
             in_flight += 1
             if in_flight < OBSERVED_IN_FLIGHT_MAX:
@@ -263,6 +292,30 @@ class Sessions:
             except QueueFull:
                 self._engine.post(event)
                 await self._engine.read(_nothing)
+
+    def _pass_on(self, session: Session, message: PeerCall | PeerAnswer) -> None:
+        if isinstance(message, PeerCall):
+            self._relay.call(session, message, _now())
+        else:
+            self._relay.answer(session, message)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """For the oldest call; one that was answered meanwhile costs a look."""
+        due = self._relay.next_deadline()
+        if due is not None and self._overdue is None:
+            delay = max(0, due - _now()) / SECOND
+            self._overdue = asyncio.get_running_loop().call_later(delay, self._give_up_calls)
+
+    def _give_up_calls(self) -> None:
+        self._overdue = None
+        self._relay.tick(_now())
+        self._set_timer()
+
+
+def _now() -> Nanoseconds:
+    """Of the loop: calls do not outlive the process."""
+    return int(asyncio.get_running_loop().time() * SECOND)
 
 
 def _check(reply: Reply | None) -> None:
@@ -280,7 +333,7 @@ def _close(code: int, reason: str) -> Message:
     return {"type": "websocket.close", "code": code, "reason": short}
 
 
-def _decode(message: Message) -> Hello | Observed:
+def _decode(message: Message) -> agentapi.ToOrchestrator:
     data = message.get("text") or message.get("bytes") or b""
     if len(data) > MESSAGE_BYTES_MAX:
         limit = f"a message may have {MESSAGE_BYTES_MAX} bytes, this one has {len(data)}"

@@ -5,6 +5,12 @@ the revision it belongs to, so a lost, repeated or late message does no harm. Th
 Hello; the orchestrator answers with one Desired per tag that concerns the host, then SyncDone; from
 then on either side sends what changes. A tag that is not named between Hello and SyncDone is not
 wanted on that host.
+
+Beside that, one agent may call another through the orchestrator, because hosts share no other
+network: a PeerCall goes up, a PeerRequest down to the host that is named, and a PeerAnswer comes
+back the same way. Calls are not kept anywhere: when a session ends, the outcome of what was under
+way on it is unknown. Either side says in its greeting that it can do this (`peer_calls`) and is
+sent none of these messages otherwise, so that agents and orchestrators from before still serve.
 """
 
 from __future__ import annotations
@@ -62,6 +68,8 @@ class Hello(Message, frozen=True):
     links: dict[str, int]
     """Appliance name to LD-ID, as configured on the host."""
     protocol: int = PROTOCOL_VERSION
+    peer_calls: bool = False
+    """It understands PeerRequest; whether it does what it is asked is another question."""
 
 
 class Desired(Message, frozen=True):
@@ -92,6 +100,8 @@ class SyncDone(Message, frozen=True):
 
     epoch: int = 0
     """The leader's fencing epoch; an agent refuses a lower one than it has seen."""
+    peer_calls: bool = False
+    """It passes PeerCall on."""
 
 
 class Observed(Message, frozen=True):
@@ -113,14 +123,44 @@ class Observed(Message, frozen=True):
     """
 
 
+class PeerCall(Message, frozen=True):
+    """Up: ask another host's agent something on this agent's behalf."""
+
+    id: int
+    """The caller's own; no two of its calls under way have the same."""
+    host: str
+    request: msgspec.Raw
+    """A JSON object of at most `PEER_BYTES_MAX` bytes, which the orchestrator does not read."""
+
+
+class PeerRequest(Message, frozen=True):
+    """Down: another host's agent asks; the orchestrator vouches for who that is."""
+
+    id: int
+    """The orchestrator's own."""
+    from_host: str
+    request: msgspec.Raw
+
+
+class PeerAnswer(Message, frozen=True):
+    """Of a PeerRequest (up), or of a PeerCall (down)."""
+
+    id: int
+    answer: msgspec.Raw = msgspec.Raw(b"null")
+    """A JSON object of at most `PEER_BYTES_MAX` bytes; null with an error."""
+    error: str = ""
+    kind: str = ""
+    """With an error: which (`base/errors.py: kind_of`)."""
+
+
 class Rejected(Message, frozen=True):
     """The orchestrator does not accept this session; the agent shows why and tries again later."""
 
     reason: str
 
 
-ToAgent = Desired | SyncDone | Rejected
-ToOrchestrator = Hello | Observed
+ToAgent = Desired | SyncDone | Rejected | PeerRequest | PeerAnswer
+ToOrchestrator = Hello | Observed | PeerCall | PeerAnswer
 
 _to_agent: msgspec.json.Decoder[ToAgent] = msgspec.json.Decoder(ToAgent)
 _to_orchestrator: msgspec.json.Decoder[ToOrchestrator] = msgspec.json.Decoder(ToOrchestrator)
