@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tagmem.agent.config import HostConfig
     from tagmem.appliance.config import ApplianceConfig
     from tagmem.orchestrator.config import OrchestratorConfig
-    from tagmem.ports import DaxDevices, Hypervisors, Media, Store
+    from tagmem.ports import DaxDevices, Hypervisors, Media, Peers, Store
     from tagmem.presenter.host import Keep, Tags
     from tagmem.presenter.machine import VmSpec
 
@@ -215,7 +215,7 @@ async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> N
         Prover(),
         stream.connect,
         stream.listen,
-        lambda keep, tags: _hypervisors(settings, keep, tags),
+        lambda keep, tags, peers: _hypervisors(settings, keep, tags, peers),
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -223,7 +223,7 @@ async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> N
     await service.run()
 
 
-def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags) -> Hypervisors:
+def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> Hypervisors:
     """QEMU, with the broker in this process; guests without a kernel of their own are the lab's."""
     import msgspec
 
@@ -244,7 +244,7 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags) -> Hypervisors:
         await asyncio.to_thread(own.mkdir, exist_ok=True)
         return msgspec.structs.replace(spec, cgroup=str(own))
 
-    return Hypervisor(directory, keep, tags, Broker(stream, directory), parts)
+    return Hypervisor(directory, keep, tags, Broker(stream, directory), parts, peers)
 
 
 async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:

@@ -41,6 +41,7 @@ from tagmem.ports import (
     HostTag,
     Hypervisors,
     MediaPiece,
+    Peers,
     Store,
 )
 from tagmem.wire.agentapi import Hello, Observed, WorkloadReport
@@ -50,9 +51,11 @@ from tagmem.wire.vendor import MediaLayout
 log = logging.getLogger(__name__)
 
 MakeHypervisors = Callable[
-    [Callable[[str, str | None], Awaitable[None]], Callable[[str], HostTag]], Hypervisors
+    [Callable[[str, str | None], Awaitable[None]], Callable[[str], HostTag], Peers], Hypervisors
 ]
-"""Made when the engine runs: given how to keep a document, and how to look up a tag."""
+"""Made when the engine runs: given how to keep a document, how to look up a tag, and how to ask
+other hosts.
+"""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -214,7 +217,7 @@ class HostService:
     async def _serve_host(self) -> None:
         """Find the VMs again, then be there for people on this host."""
         if self._make_hypervisors is not None:
-            vms = self._make_hypervisors(self._keep_vm, self._host_tag)
+            vms = self._make_hypervisors(self._keep_vm, self._host_tag, self._peers)
             await vms.restore(dict(self._machine.vms.documents))
             self._vms = vms
         if self._listen is not None:

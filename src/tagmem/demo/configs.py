@@ -138,4 +138,8 @@ directory = "{layout.exposed(host)}"
 # What it accepts; an offer outside is refused, with the reason.
 [limits]
 align = "2MiB"
+
+# Which hosts may move a running VM here: true for all of them, or a list of names.
+[vms]
+accept_migrations = true
 """

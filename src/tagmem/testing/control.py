@@ -26,7 +26,7 @@ from tagmem.ports import Effect, Event, Loaded, Step
 from tagmem.store.memory import MemoryStore
 from tagmem.testing.nodes import Connection, Process
 from tagmem.testing.sim import Simulation
-from tagmem.wire.agentapi import Hello, SyncDone, decode_to_orchestrator, encode
+from tagmem.wire.agentapi import Hello, Observed, SyncDone, decode_to_orchestrator, encode
 
 REDIAL_NS: Nanoseconds = 20 * MILLISECOND
 Dial = Callable[[str, Callable[[bytes], None]], Connection | None]
@@ -168,6 +168,8 @@ class OrchestratorProcess(Process):
             answer = partial(self._opened, host, wire)
             self.post(HostConnected(host, message.boot_id, links), answer)
             return
+        if not isinstance(message, Observed):
+            return  # Simulated hosts do not call each other.
         for host_name, session in self._sessions.items():
             if session is wire:
                 self.post(observed_event(HostId(host_name), message))

@@ -30,6 +30,12 @@ def test_a_whole_file() -> None:
     assert config.policy().expect_grace_ns == 100_000_000
 
 
+def test_nobody_may_move_a_vm_here_unless_said() -> None:
+    assert parse(GOOD).vms.accept_migrations is False
+    told = parse(GOOD + '[vms]\naccept_migrations = ["w2"]').vms
+    assert told.accept_migrations == ("w2",)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -41,6 +47,8 @@ def test_a_whole_file() -> None:
         ('"4MiB"', '"3MiB"', "a power of two"),
         ("[limits]", "[limits", "TOML"),
         ("expect_grace_ms = 100", "devices = 0", "at least 1"),
+        ("[limits]", '[vms]\naccept_migrations = ["W 1"]\n[limits]', "vms.accept_migrations"),
+        ("[limits]", '[vms]\naccept_migrations = "w1"\n[limits]', "accept_migrations"),
         ("[limits]", '[[appliance]]\nname="a0"\nsocket="x"\nld=1\n[limits]', "given once"),
     ],
 )

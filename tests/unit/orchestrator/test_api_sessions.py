@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from tests.unit.orchestrator.world import BLOCK_BYTES, OTHER, TAG, World, world
 
 from tagmem.base.errors import InvalidInput
 from tagmem.domain.effects import RefreshAppliance
 from tagmem.orchestrator.config import OrchestratorConfig, load
-from tagmem.orchestrator.sessions import MESSAGE_BYTES_MAX
+from tagmem.orchestrator.sessions import ANSWERS_WAITING_MAX, MESSAGE_BYTES_MAX
 from tagmem.wire.agentapi import (
     Desired,
     Hello,
     Message,
     Observed,
+    PeerAnswer,
+    PeerCall,
     Rejected,
     SyncDone,
     decode_to_agent,
@@ -223,6 +226,45 @@ def test_a_bad_word_later_ends_the_session_with_a_reason() -> None:
                 assert code == 1008
                 assert reason
                 await agent.served
+
+    asyncio.run(main())
+
+
+def test_a_call_passes_between_sessions_and_ends_with_either() -> None:
+    async def main() -> None:
+        async with world() as w:
+            agents = Agent(w), Agent(w, "h1")
+            for ld, agent in enumerate(agents):
+                agent.say(Hello(f"h{ld}", "b", {"a0": ld}, peer_calls=True))
+                await agent.sync()
+            caller, target = agents
+            caller.say(PeerCall(4, "h1", msgspec.Raw(b'{"vm":"x"}')))
+            asked = await target.hear()
+            assert (asked.from_host, bytes(asked.request)) == ("h0", b'{"vm":"x"}')
+            target.say(PeerAnswer(asked.id, msgspec.Raw(b'{"y":1}')))
+            assert bytes((await caller.hear()).answer) == b'{"y":1}'
+            caller.say(PeerCall(5, "h1", msgspec.Raw(b"{}")))
+            await target.hear()
+            target.go()
+            told = await caller.hear()
+            assert (told.id, told.kind) == (5, "unknown")
+            caller.go()
+            await asyncio.gather(*(agent.served for agent in agents))
+
+    asyncio.run(main())
+
+
+def test_an_agent_that_does_not_read_what_is_said_to_it_is_hung_up_on() -> None:
+    async def main() -> None:
+        async with world() as w:
+            agent = Agent(w)
+            agent.say(H0)
+            await agent.sync()
+            session = w.orchestrator.sessions._sessions["h0"]
+            for _ in range(ANSWERS_WAITING_MAX + 1):
+                session.say(PeerAnswer(1))
+            assert await agent.hear() == (1008, "what is said to it is not read")
+            await agent.served
 
     asyncio.run(main())
 
