@@ -158,7 +158,6 @@ class Broker:
             if endpoint.window.failed or endpoint.window.settled:
                 break
             await endpoint.change(POLL_SECONDS)
-        endpoint.close_files()
         endpoint.tell(endpoint.state, endpoint.reason)
         return took
 
@@ -166,7 +165,7 @@ class Broker:
         """Have the bytes in the window again after a `revoke`. Raises InvalidInput."""
         endpoint = self._find(vm, device)
         try:
-            endpoint.open_files()
+            endpoint.find_files()
         except OSError as error:
             tag = endpoint.tagged.tag
             raise InvalidInput("pieces", f"files to open ({error.strerror})", tag) from None

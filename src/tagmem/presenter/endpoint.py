@@ -1,4 +1,4 @@
-"""One window of one VM: the socket that its QEMU connects to, the connection, and the files.
+"""One window of one VM: the socket that its QEMU connects to, and the connection.
 
 Carries out what the session (`wire/vhost_backend`) and the window (`presenter/window`) decide, and
 decides nothing itself. Three objects: an Endpoint lives as long as the window is served, a Link as
@@ -8,9 +8,11 @@ long as QEMU is connected, a ChannelPeer as long as QEMU lets itself be asked.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
@@ -22,7 +24,7 @@ import msgspec
 from tagmem.base.errors import InvalidInput
 from tagmem.base.units import Bytes
 from tagmem.presenter import procfs
-from tagmem.presenter.contract import Tagged
+from tagmem.presenter.contract import Piece, Tagged
 from tagmem.presenter.guestmemory import GuestMemory
 from tagmem.presenter.header import HEADER_AT, dax_header, place
 from tagmem.presenter.pmemqueue import PmemQueue
@@ -152,13 +154,13 @@ class Endpoint:
         self._changed: list[asyncio.Future[None]] = []
         self._listener: Listener | None = None
         self._scrap = -1
-        self._files: dict[str, int] = {}
+        self._known: dict[str, procfs.Identity] = {}
         self.ranges: dict[procfs.Identity, list[procfs.Range]] = {}
         self._header = -1
         self._header_bytes = header
         try:
             self._make_header()
-            self.open_files()
+            self.find_files()
         except (OSError, InvalidInput):
             self.close("cannot be opened")
             raise
@@ -168,22 +170,58 @@ class Endpoint:
         os.pwrite(self._header, self._header_bytes, HEADER_AT)
         self._header_at_rest = procfs.identity_of(self._header)
 
-    def open_files(self) -> None:
-        """Open the tag's bytes. Raises InvalidInput, OSError."""
-        mode = os.O_RDONLY if self.tagged.read_only else os.O_RDWR
+    def find_files(self) -> None:
+        """Learn where the tag's bytes are; nothing of them stays open here.
+
+        Raises InvalidInput for files that have not so many bytes, OSError.
+        """
+        self._known.clear()
         self.ranges.clear()
         for piece in self.tagged.pieces:
-            if piece.path not in self._files:
-                flags = mode | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._files[piece.path] = os.open(piece.path, flags)
-            identity = procfs.identity_of(self._files[piece.path])
+            descriptor = self._open(piece.path)
+            try:
+                _check_piece(descriptor, piece)
+                identity = procfs.identity_of(descriptor)
+            finally:
+                os.close(descriptor)
+            self._known[piece.path] = identity
             self.ranges.setdefault(identity, []).append((piece.offset, piece.length))
 
-    def close_files(self) -> None:
-        """This process has the bytes no more; where they were is remembered."""
-        for descriptor in self._files.values():
+    def _open(self, path: str) -> int:
+        """The file, for the moment in which it is needed: who has it open holds the tag. It is the
+        one that was found first. Raises OSError.
+        """
+        mode = os.O_RDONLY if self.tagged.read_only else os.O_RDWR
+        # Not to wait for anybody, should it be a pipe.
+        descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        known = self._known.get(path)
+        if known is not None and procfs.identity_of(descriptor) != known:
             os.close(descriptor)
-        self._files.clear()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return descriptor
+
+    def sync(self) -> bool:
+        """Put what the guest wrote on the medium; whether it is there. Blocks: for a thread."""
+        if self.window.goal is not Goal.PRESENTED:
+            return False
+        good = True
+        for path in tuple(self._known):
+            try:
+                descriptor = self._open(path)
+            except OSError as error:
+                log.warning("flush: %s", error.strerror)
+                good = False
+                continue
+            try:
+                os.fdatasync(descriptor)
+            except OSError as error:
+                # A DAX device has no write-back cache of the kernel's: there is nothing to flush.
+                if error.errno != errno.EINVAL:
+                    log.warning("flush: %s", error.strerror)
+                    good = False
+            finally:
+                os.close(descriptor)
+        return good
 
     # -- connections -------------------------------------------------------------------------------
 
@@ -256,7 +294,7 @@ class Endpoint:
     def source(self, part: Part) -> int:
         """A new descriptor of a part's memory. Raises OSError."""
         if part.source is Source.DATA:
-            return os.dup(self._files[part.path])
+            return self._open(part.path)
         if part.source is Source.SCRAP:
             if self._scrap < 0:
                 self._scrap = _memory("tagmem-scrap", part.length)
@@ -264,10 +302,6 @@ class Endpoint:
         # QEMU 11.1 maps everything writable, so a guest may have written on its header.
         os.pwrite(self._header, self._header_bytes, HEADER_AT)
         return os.dup(self._header)
-
-    def flushable(self) -> list[int] | None:
-        """What a flush is about; None when the guest's writes go nowhere."""
-        return list(self._files.values()) if self._files else None
 
     def own_identities(self) -> frozenset[procfs.Identity]:
         """Files that are not guest memory, whatever a front-end says."""
@@ -289,6 +323,9 @@ class Endpoint:
 
     def _maybe_mapped(self) -> bool:
         ranges = {self._header_at_rest: [(0, HEAD_BYTES)], **self.ranges}
+        if self._scrap >= 0:
+            # All that is left of a window that was revoked while its device stood still.
+            ranges[procfs.identity_of(self._scrap)] = [(0, self.window.data_bytes)]
         return bool(procfs.holds(self.pid, ranges, ()))
 
     # -- telling -----------------------------------------------------------------------------------
@@ -341,7 +378,6 @@ class Endpoint:
             self._listener.close()
         if self.link is not None:
             self.link.connection.close(reason)
-        self.close_files()
         for descriptor in (self._header, self._scrap):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -363,7 +399,7 @@ class Link:
         self._session = VhostUserBackend((size,), config, PMEM_F_SHMEM_REGION, memory_slots=slots)
         self._memory = GuestMemory(endpoint.own_identities)
         self._queue = PmemQueue(
-            self._memory, endpoint.flushable, lambda base: self._session.completed(0, base)
+            self._memory, endpoint.sync, lambda base: self._session.completed(0, base)
         )
         self._channel: ChannelPeer | None = None
 
@@ -525,6 +561,16 @@ class ChannelPeer:
             os.close(item.descriptor)
         if self._link is not None:
             self._link.channel_lost(reason)
+
+
+def _check_piece(descriptor: int, piece: Piece) -> None:
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        if status.st_size < piece.offset + piece.length:
+            limit = f"within the {status.st_size} bytes of {piece.path}"
+            raise InvalidInput("piece", limit, f"{piece.offset}+{piece.length}")
+    elif not stat.S_ISCHR(status.st_mode):
+        raise InvalidInput("piece", "of a file or a DAX device", piece.path)
 
 
 def _memory(name: str, size_bytes: Bytes) -> int:

@@ -9,10 +9,9 @@ as not done, and are done again when it is started.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from tagmem.presenter.guestmemory import GuestMemory
@@ -34,19 +33,19 @@ _EVENT = (1).to_bytes(_EVENT_BYTES, "little")
 
 
 class PmemQueue:
-    """Serves the queue. `files` tells what is to be flushed (None: it cannot be any more);
-    `completed` is told how far it got.
+    """Serves the queue. `sync` flushes, in a thread, and says whether it could; `completed` is told
+    how far it got.
     """
 
     def __init__(
         self,
         memory: GuestMemory,
-        files: Callable[[], Sequence[int] | None],
+        sync: Callable[[], bool],
         completed: Callable[[int], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._memory = memory
-        self._files = files
+        self._sync = sync
         self._completed = completed
         self._ring: SplitRing | None = None
         self._kick = -1
@@ -162,9 +161,7 @@ class PmemQueue:
         return request.type == REQUEST_FLUSH
 
     async def _flush(self, ring: SplitRing, chains: list[Chain], wanted: list[bool]) -> None:
-        files = self._files() if any(wanted) else ()
-        # The files may be closed while the thread flushes them, so it has its own descriptors.
-        synced = files is not None and await asyncio.to_thread(_sync, _copies(files))
+        synced = any(wanted) and await asyncio.to_thread(self._sync)
         self._flushing = None
         self.flushes += 1
         if self._ring is not ring:
@@ -190,36 +187,6 @@ class PmemQueue:
         self.stop()
         self.broken = reason
         _signal(self._error)
-
-
-def _copies(files: Sequence[int]) -> list[int]:
-    """Descriptors of their own; -1 where there are none left."""
-    copies = []
-    for descriptor in files:
-        try:
-            copies.append(os.dup(descriptor))
-        except OSError:
-            copies.append(-1)
-    return copies
-
-
-def _sync(files: Sequence[int]) -> bool:
-    """Whether everything is on the medium; closes what it is given."""
-    good = True
-    for descriptor in files:
-        if descriptor < 0:
-            good = False
-            continue
-        try:
-            os.fdatasync(descriptor)
-        except OSError as error:
-            # A DAX device has no write-back cache of the kernel's: there is nothing to flush.
-            if error.errno != errno.EINVAL:
-                log.warning("flush: %s", error.strerror)
-                good = False
-        finally:
-            os.close(descriptor)
-    return good
 
 
 def _signal(descriptor: int) -> None:

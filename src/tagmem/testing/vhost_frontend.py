@@ -231,7 +231,7 @@ class FrontEnd:
         verdict = 0
         try:
             if header.request == BackRequest.SHMEM_MAP:
-                if self.refuse:
+                if self.refuse or self._overlaps(what):
                     raise OSError(1, "refused")
                 self._map(what, fds[0])
             elif what.region_offset not in self.mapped:
@@ -246,6 +246,11 @@ class FrontEnd:
         if not self.mute:
             answer = message(header.request, Number(verdict).encode(), reply=True)
             self.channel.sendall(answer)
+
+    def _overlaps(self, what: SharedMemoryMap) -> bool:
+        """QEMU refuses a mapping over another one."""
+        start, end = what.region_offset, what.region_offset + what.length_bytes
+        return any(at < end and start < at + length for at, length in self.mapped.items())
 
     # -- the queue ---------------------------------------------------------------------------------
 

@@ -278,6 +278,59 @@ def test_a_paused_vm_is_not_told_anything(folder: Path) -> None:
     run(folder, scene)
 
 
+def test_what_was_taken_while_paused_stays_so_through_the_next_pause(folder: Path) -> None:
+    """Scrap memory is then all that is mapped, and is not mapped a second time."""
+
+    async def scene(w: World) -> None:
+        await attached(w)
+        await w.order("stop", drop=False)
+        with pytest.raises(OutcomeUnknown, match="stopped"):
+            await w.revoke(SHORT)
+        await w.order("start")
+        await w.revoke()
+        await w.write(FIRST, b"on scrap")
+        await w.order("stop", drop=False)
+        await w.order("start")
+        await w.until(lambda: w.report().state is State.STARTED)
+        await w.revoke()
+        assert w.report().reason == ""
+        assert await w.read(FIRST, 8) == b"on scrap"
+
+    run(folder, scene)
+
+
+def test_the_broker_is_no_holder_of_what_a_guest_has(folder: Path) -> None:
+    async def scene(w: World) -> None:
+        await attached(w)
+        assert await w.order("flush") == 0
+        ours = {os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")}
+        assert not {str(folder / "a"), str(folder / "b")} & ours
+
+    run(folder, scene)
+
+
+def test_another_file_of_the_name_is_not_the_tag(folder: Path) -> None:
+    async def scene(w: World) -> None:
+        (folder / "b").rename(folder / "c")
+        shutil.copy(folder / "a", folder / "b")
+        await w.order("connect")
+        await w.order("start")
+        with pytest.raises(RemoteError, match="tale file handle"):
+            await w.mapped()
+        assert not [line for line in await w.order("mapped") if line == SECOND_PIECE]
+
+    run(folder, scene)
+
+
+def test_a_file_that_is_too_short_is_refused(folder: Path) -> None:
+    async def scene(w: World) -> None:
+        os.truncate(folder / "b", 4 * MIB)
+        with pytest.raises(InvalidInput, match="within the 4194304 bytes"):
+            w.broker.open("vm3", DEVICE, w.tagged)
+
+    run(folder, scene)
+
+
 def test_an_unbound_driver_has_nothing_left_to_take(folder: Path) -> None:
     async def scene(w: World) -> None:
         await attached(w)
