@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.shared.recording import RecordingLines
 
 from tagmem.base.errors import Conflict, InvalidInput
 from tagmem.shared.coherence import HardwareCoherent, SoftwareCoherent, publish, refresh
 from tagmem.shared.memory import MappedMemory
-
-
-class RecordingLines:
-    """Lines that say what was asked of them."""
-
-    line_bytes = 64
-    effective = True
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, int, int]] = []
-
-    def write_back(self, offset: int, length: int) -> None:
-        self.seen.append(("write back", offset, length))
-
-    def fence(self) -> None:
-        self.seen.append(("fence", 0, 0))
-
-    def invalidate(self, offset: int, length: int) -> None:
-        self.seen.append(("invalidate", offset, length))
 
 
 def test_publish_writes_back_and_fences_and_refresh_invalidates() -> None:
