@@ -5,8 +5,16 @@ Nothing is imported before a name is asked for, as in `tagmem` itself.
 
 # What there is, and where: module, name in it.
 _PUBLIC: dict[str, tuple[str, str]] = {
+    "Catalogue": ("tagmem.shared.catalogue", "Catalogue"),
+    "Corrupt": ("tagmem.shared.catalogue", "Corrupt"),
+    "Full": ("tagmem.shared.catalogue", "Full"),
     "HardwareCoherent": ("tagmem.shared.coherence", "HardwareCoherent"),
+    "Initialising": ("tagmem.shared.catalogue", "Initialising"),
     "MappedMemory": ("tagmem.shared.memory", "MappedMemory"),
+    "NoCatalogue": ("tagmem.shared.catalogue", "NoCatalogue"),
+    "OtherVersion": ("tagmem.shared.catalogue", "OtherVersion"),
+    "Overtaken": ("tagmem.shared.catalogue", "Overtaken"),
+    "Reinitialised": ("tagmem.shared.catalogue", "Reinitialised"),
     "SoftwareCoherent": ("tagmem.shared.coherence", "SoftwareCoherent"),
 }
 
