@@ -13,7 +13,7 @@ FAST  := $(wildcard tests/test_*.py \
 	$(addprefix tests/,unit property vectors contract scenarios docs))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup static check test test-vm test-fast sim scenario demo bench up down docs format \
+.PHONY: help setup static check test test-vm test-fast sim scenario demo demo-vm bench up down docs format \
 	lock clean distclean
 
 help: ## what there is
@@ -31,12 +31,12 @@ static: setup
 check: static ## format, lint, types, import contracts, tidy and the fast tests; under a minute
 	$(PYTEST) -q -n $(JOBS) --dist loadgroup $(FAST)
 
-test-fast: check ## the same as check
+test-fast: check ## the same as check: no guests
 
-test: static ## all but real guests: check, simulator, real processes, the demo, the documents
-	$(PYTEST) -n $(JOBS) --dist loadgroup --ignore=tests/vm tests
+test: static ## everything: check, simulator, real processes, the demo, documents, real guests
+	$(PYTEST) -n $(JOBS) --dist loadgroup tests
 
-test-vm: setup ## real guests on both QEMUs (brings 200 MB of Debian packages into a cache folder)
+test-vm: setup ## only real guests, on both QEMUs (brings 200 MB of Debian packages into a cache folder)
 	$(PYTEST) tests/vm
 
 sim: setup ## simulated worlds; SEED=123 for that one
@@ -47,6 +47,9 @@ scenario: setup ## scenario transcripts; FILE=name for one, REWRITE=1 to write t
 
 demo: setup ## the seven steps with a real memcached, told as they happen
 	$(BIN)/tagmem demo
+
+demo-vm: setup ## the same with memcached in a virtual machine
+	$(BIN)/tagmem demo --vm
 
 bench: setup ## every benchmark against its floor; ARGS="codec placement" for some
 	$(BIN)/python -m bench $(ARGS)

@@ -43,7 +43,8 @@ missing_packages() {
 
 # What the environment was filled from.
 wanted() {
-    sha256sum requirements.lock pyproject.toml scripts/setup.sh scripts/debian-packages.txt
+    sha256sum requirements.lock pyproject.toml hatch_build.py scripts/setup.sh \
+        scripts/debian-packages.txt $(find src -name '*.c' | sort)
 }
 
 # An environment does not survive being moved, so it says where it was made.

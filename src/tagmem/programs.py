@@ -255,7 +255,7 @@ async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
 
     from tagmem.lab import image, qemus
     from tagmem.lab.boot import Lab
-    from tagmem.lab.spec import GuestSpec, kernel_line
+    from tagmem.lab.spec import MODULES, GuestSpec, kernel_line
 
     if qemu in qemus.NAMES:
         lab = Lab()
@@ -276,5 +276,6 @@ async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
     directory = Path(spec.directory)
     await asyncio.to_thread(directory.mkdir, 0o700, parents=True, exist_ok=True)
     initrd = await asyncio.to_thread(image.initrd, made, directory)
-    append = f"{kernel_line(GuestSpec(name=spec.name))} {spec.append}".strip()
+    modules = (*MODULES, "virtio_net") if spec.forwards else MODULES
+    append = f"{kernel_line(GuestSpec(name=spec.name, modules=modules))} {spec.append}".strip()
     return msgspec.structs.replace(spec, kernel=str(made.kernel), initrd=str(initrd), append=append)

@@ -17,9 +17,10 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
+from tagmem.base.errors import NotFound
+from tagmem.client import launch
 from tagmem.wire.agentapi import Workload, WorkloadReport
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ EMPTY_POLLS_MAX = 20
 EMPTY_POLL_MS = 50
 """Killed processes leave their cgroup when the kernel has taken them down."""
 _SCRIPT = Path(__file__).with_name("supervise.sh")
-_PLACEHOLDER = re.compile(r"\{(dax|tag|size)\}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -91,19 +91,16 @@ class Workloads:
         directory.mkdir(exist_ok=True)
         (directory / "id").write_text(workload.id)
         log_path = directory / "log"
-        values = {"dax": dax_path, "tag": tag, "size": str(size_bytes)}
-        command = [_fill(argument, values) for argument in workload.command]
-        environment = dict(os.environ)
-        environment |= {k: _fill(v, values) for k, v in workload.environment.items()}
-        environment |= {
-            "TAGMEM_TAG": tag,
-            "TAGMEM_DAX": dax_path,
-            "TAGMEM_SIZE": str(size_bytes),
-            "TAGMEM_RUN_DIR": str(self._run),
-            MARKER: key,
-        }
+        known = launch.values(tag, dax_path, size_bytes)
+        environment, reason = dict(os.environ), ""
+        try:
+            command = [launch.fill(argument, known) for argument in workload.command]
+            environment |= {k: launch.fill(v, known) for k, v in workload.environment.items()}
+        except NotFound as error:
+            command, reason = [], str(error)
+        environment |= launch.variables(tag, dax_path, size_bytes, str(self._run)) | {MARKER: key}
         if not command or shutil.which(command[0], path=environment.get("PATH")) is None:
-            reason = f"command: must be a program on this host, got {command[:1]!r}"
+            reason = reason or f"command: must be a program on this host, got {command[:1]!r}"
             (directory / "claim").mkdir(exist_ok=True)
             (directory / "reason").write_text(reason)
             return WorkloadReport(workload.id, "failed", reason=reason, log_path=str(log_path))
@@ -282,11 +279,6 @@ def _remove_cgroup(group: Path) -> None:
         group.rmdir()
     except OSError as error:
         log.warning("%s could not be removed: %s", group, error.strerror)
-
-
-def _fill(text: str, values: Mapping[str, str]) -> str:
-    """Known placeholders filled in; other braces are the application's own."""
-    return _PLACEHOLDER.sub(lambda match: values[match.group(1)], text)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

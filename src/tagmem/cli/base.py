@@ -219,6 +219,23 @@ class Size(click.ParamType[int]):
             self.fail(f"must be {error.limit}, got {value!r}", param, ctx)
 
 
+class Forward(click.ParamType[tuple[int, int]]):
+    """A port of this machine that leads to one of a guest: `11211:11211`."""
+
+    name = "host:guest"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Raises click's usage error with the limit."""
+        if isinstance(value, tuple):
+            return value
+        ours, colon, theirs = value.partition(":")
+        if not (colon and ours.isdecimal() and theirs.isdecimal()):
+            self.fail(f"must be two ports with a colon, got {value!r}", param, ctx)
+        return int(ours), int(theirs)
+
+
 class Seconds(click.ParamType[float]):
     """A duration: `10`, `10s`, `500ms`, `2m`, `1h`."""
 

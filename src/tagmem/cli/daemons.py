@@ -16,9 +16,9 @@ import click
 from tagmem.cli.base import Command, state_dir, state_dir_option
 
 
-def _start(module: str, function: str, *arguments: Any) -> None:
+def _start(module: str, function: str, *arguments: Any, **options: Any) -> None:
     """Call one of the programs; what it returns is the exit code (None: 0)."""
-    code = getattr(import_module(module), function)(*arguments)
+    code = getattr(import_module(module), function)(*arguments, **options)
     if code:
         raise click.exceptions.Exit(code)
 
@@ -85,8 +85,9 @@ def down(purge: bool, **options: Path | None) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep its state here. [default: a folder that is removed at the end]",
 )
+@click.option("--vm", is_flag=True, help="With memcached inside a virtual machine.")
 @click.option("--chaos", type=int, metavar="SEED", hidden=True)
-def demo(state_dir: Path | None, chaos: int | None) -> None:
+def demo(state_dir: Path | None, vm: bool, chaos: int | None) -> None:
     """Run the seven steps with a real memcached, telling what happens."""
     # --chaos: `kill -9` of daemons while it runs; which ones and when follows from the seed.
-    _start("tagmem.demo.main", "demo", state_dir, chaos)
+    _start("tagmem.demo.main", "demo", state_dir, chaos, vm=vm)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from tagmem.base.errors import OutcomeUnknown, Retry, TagmemError, of_kind
-from tagmem.cli.base import Group, Seconds, Size
+from tagmem.cli.base import Forward, Group, Seconds, Size
 from tagmem.cli.render import Column, joined, show_fields, show_json, show_table, size_writer
 
 LINE_BYTES_MAX = 1 << 20
@@ -100,6 +100,14 @@ def vm(ctx: click.Context, run_dir: str) -> None:
 @click.option("--initrd", default="", help="It has to bring the guest agent along.")
 @click.option("--append", default="", help="More words of the kernel's command line.")
 @click.option("--nvdimm", is_flag=True, help="Allow NVDIMMs to be plugged in.")
+@click.option(
+    "--forward",
+    "forwards",
+    type=Forward(),
+    multiple=True,
+    metavar="PORT:PORT",
+    help="A TCP port of this machine's loopback, and the guest's that it leads to.",
+)
 @click.option("--wait/--no-wait", default=True, show_default=True, help="For the guest's agent.")
 @output_option
 @click.pass_context

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from tagmem.base.errors import Conflict, InvalidInput
+from tagmem.base.errors import Conflict, InvalidInput, TagmemError
 from tagmem.cli.base import (
     EXIT_FAILED,
     Command,
@@ -57,6 +57,7 @@ class Run(Command):
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @host_option(help="Where, when several hosts hold the tag.")
 @click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
+@click.option("--as-file", is_flag=True, help="Let it take its DAX device for a file.")
 @click.option("-d", "--detach", is_flag=True, help="Return when it runs; `tagmem stop` ends it.")
 @click.option("--local", is_flag=True, help="Run it here, in place of tagmem.")
 @click.option(
@@ -74,6 +75,7 @@ def run(
     command: tuple[str, ...],
     host: str | None,
     env: tuple[str, ...],
+    as_file: bool,
     detach: bool,
     local: bool,
     timeout: float,
@@ -84,8 +86,15 @@ def run(
     `{dax}`, `{tag}` and `{size}` in arguments and environment are filled in; TAGMEM_DAX, TAGMEM_TAG
     and TAGMEM_SIZE are set. Without an orchestrator, a tag that is on this host is run here. 126:
     it cannot be run; 127: no such command.
+
+    A DAX device refuses ftruncate, fsync and msync, which programs with a memory file call:
+    `--as-file` answers these for it.
     """
     environment = dict(_variable(item) for item in env)
+    if as_file:
+        from tagmem.client.launch import AS_FILE
+
+        environment |= [AS_FILE]
     if local or not (settings.url or configured_url(settings.state_dir)):
         _run_here(tag, command, environment, timeout, insist=local, settings=settings)
     from tagmem.cli.progress import Progress
@@ -311,38 +320,17 @@ def _run_here(
 ) -> NoReturn:
     """Become the command. Without `insist`, only when the tag is here; else say what is missing."""
     from tagmem.base.ids import parse_tag
-    from tagmem.client.locate import default_run_dir, find, wait_for
+    from tagmem.client.launch import become
+    from tagmem.client.locate import find
 
-    run_dir = default_run_dir()
     if not insist and find(parse_tag(tag)) is None:
         settings.client()  # raises: no orchestrator, and no such tag here
-    device = wait_for(tag, timeout=timeout if insist else 0)
-    values = {"{dax}": device.path, "{tag}": device.tag, "{size}": str(device.size_bytes)}
-    if not device.has_path and any("{dax}" in text for text in (*command, *environment.values())):
-        raise Conflict(
-            f"tag {device.tag} has no path here: its bytes come as a descriptor, "
-            "which tagmem.open() asks for"
-        )
-    arguments = [fill(argument, values) for argument in command]
-    variables = {
-        **os.environ,
-        "TAGMEM_TAG": device.tag,
-        "TAGMEM_DAX": device.path,
-        "TAGMEM_SIZE": str(device.size_bytes),
-        "TAGMEM_RUN_DIR": run_dir,
-        **{name: fill(value, values) for name, value in environment.items()},
-    }
     sys.stdout.flush()
     try:
-        os.execvpe(arguments[0], arguments, variables)  # noqa: S606 - this is what `run` is for
+        become(tag, command, environment, timeout=timeout if insist else 0)
+    except TagmemError:
+        raise  # some are OSErrors too
     except FileNotFoundError:
-        fail(f"no such command: {arguments[0]}", EXIT_NO_COMMAND)
+        fail(f"no such command: {command[0]}", EXIT_NO_COMMAND)
     except OSError as error:
-        fail(f"cannot run {arguments[0]}: {error.strerror}", EXIT_CANNOT_RUN)
-
-
-def fill(text: str, values: dict[str, str]) -> str:
-    """`text` with `{dax}`, `{tag}` and `{size}` filled in; other braces stay as they are."""
-    for name, value in values.items():
-        text = text.replace(name, value)
-    return text
+        fail(f"cannot run {command[0]}: {error.strerror}", EXIT_CANNOT_RUN)

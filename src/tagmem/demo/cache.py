@@ -23,6 +23,10 @@ _BATCH = 4_000
 _ANSWER_SECONDS = 10.0
 
 
+Address = str | tuple[str, int]
+"""A Unix socket, or (host, port)."""
+
+
 def command(size_bytes: int, socket_path: str) -> tuple[str, ...]:
     """The command line, with `{dax}` for the host's agent to fill in. Raises NotFound."""
     program = shutil.which("memcached", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/sbin")
@@ -36,22 +40,20 @@ def command(size_bytes: int, socket_path: str) -> tuple[str, ...]:
 
 
 class Cache:
-    """A client of one memcached on a Unix socket."""
+    """A client of one memcached."""
 
-    def __init__(self, socket_path: str, patience_seconds: float = 10.0) -> None:
+    def __init__(self, address: Address, patience_seconds: float = 10.0) -> None:
         """Waits for it to answer. Raises OutcomeUnknown when it does not."""
         deadline = time.monotonic() + patience_seconds
         while True:
-            self._client = Client(
-                socket_path, connect_timeout=_ANSWER_SECONDS, timeout=_ANSWER_SECONDS
-            )
+            self._client = Client(address, connect_timeout=_ANSWER_SECONDS, timeout=_ANSWER_SECONDS)
             try:
                 self.version = self._client.version().decode()
                 return
             except (OSError, MemcacheError) as error:
                 if time.monotonic() > deadline:
                     raise OutcomeUnknown(
-                        f"memcached at {socket_path} does not answer: {error}"
+                        f"memcached at {address} does not answer: {error}"
                     ) from error
             time.sleep(0.01)
 

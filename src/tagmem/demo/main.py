@@ -26,6 +26,7 @@ from tagmem.demo.dataset import RECORDS_MAX, records
 from tagmem.demo.layout import APPLIANCE, DAEMONS, HOSTS, ORCHESTRATOR, Layout
 from tagmem.demo.patience import TooLate, insist, until
 from tagmem.demo.steps import Steps
+from tagmem.demo.vmsteps import VmSteps
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 RELEASE_SECONDS = 30.0
@@ -82,11 +83,12 @@ def demo(
     records_max: int = RECORDS_MAX,
     choose: Choose | None = None,
     console: Console | None = None,
+    vm: bool = False,
 ) -> int:
     """The seven steps. Without `state_dir` in a folder of its own, which is removed at the end.
 
     `chaos_seed` kills daemons while it runs; `choose` says which ones when (step and moment to a
-    daemon's name), and has the system recover between the steps.
+    daemon's name), and has the system recover between the steps. `vm`: memcached runs in a guest.
     """
     say = console or Console()
     folder = None if state_dir else tempfile.mkdtemp(prefix="tagmem-demo-")
@@ -98,8 +100,9 @@ def demo(
     code = EXIT_FAILED
     with _stoppable():
         try:
-            say.heading("tagmem demo: the seven steps with a real memcached, on one machine")
-            _demonstrate(say, layout, chaos, records_max)
+            where = "in a virtual machine" if vm else "on one machine"
+            say.heading(f"tagmem demo: the seven steps with a real memcached, {where}")
+            _demonstrate(say, layout, chaos, records_max, VmSteps if vm else Steps)
             code = EXIT_OK
         except TagmemError as error:
             say.failure(str(error))
@@ -119,7 +122,9 @@ def demo(
     return code
 
 
-def _demonstrate(say: Console, layout: Layout, chaos: Chaos, records_max: int) -> None:
+def _demonstrate(
+    say: Console, layout: Layout, chaos: Chaos, records_max: int, steps: type[Steps]
+) -> None:
     """Start a system, run the steps, end the system; whatever happens, nothing is left running."""
     data = records(records_max)
     if system.is_running(layout):
@@ -131,7 +136,7 @@ def _demonstrate(say: Console, layout: Layout, chaos: Chaos, records_max: int) -
         say.fact("started", f"{time.monotonic() - begun:.2f} s")
         _tell_parts(say, layout)
         with Client(system.url(layout), timeout=10.0) as client:
-            Steps(say, layout, client, data, chaos).run()
+            steps(say, layout, client, data, chaos).run()
     finally:
         # A second Ctrl-C must not leave processes behind.
         with _deaf():

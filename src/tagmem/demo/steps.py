@@ -18,7 +18,7 @@ from tagmem.base.units import MIB, format_size
 from tagmem.cli.extents import draw
 from tagmem.client.session import Client, UnknownThing
 from tagmem.demo import proof
-from tagmem.demo.cache import Cache, command
+from tagmem.demo.cache import Address, Cache, command
 from tagmem.demo.chaos import Chaos
 from tagmem.demo.console import Console
 from tagmem.demo.layout import APPLIANCE, HOSTS, Layout
@@ -59,6 +59,9 @@ class Mismatch(TagmemError):
 class Steps:
     """One run of the demo against a running system."""
 
+    up_to = "stop"
+    """The highest rung that giving back may take."""
+
     def __init__(
         self,
         console: Console,
@@ -75,7 +78,7 @@ class Steps:
         self._tag = str(uuid.uuid4())
         self._next_tag = str(uuid.uuid4())
         self._told_until = insist(client.last_event)
-        self._socket = str(layout.volatile / "memcached.sock")
+        self._cache_at: Address = str(layout.volatile / "memcached.sock")
         self._places: dict[bytes, tuple[int, bytes]] = {}
         self._held: rest.CapacityDocument | None = None
 
@@ -155,12 +158,12 @@ class Steps:
     def _launch(self, device: Path) -> None:
         with self._say.step("Launch: Debian's memcached, unmodified, on the tag") as came_to:
             self._moment("launch", "before")
-            argv = command(TAG_BYTES, self._socket)
+            argv = command(TAG_BYTES, str(self._cache_at))
             request = rest.WorkloadRequest(command=argv, id=f"demo-{self._tag[:8]}")
             insist(lambda: self._client.launch(self._tag, _FIRST, request))
             self._moment("launch", "during")
             pid = until(self._workload_pid, "memcached runs")
-            cache = Cache(self._socket)
+            cache = Cache(self._cache_at)
             self._say.fact("command", " ".join(argv))
             self._say.fact("memcached", f"version {cache.version}, pid {pid}")
             cache.close()
@@ -191,7 +194,7 @@ class Steps:
         count = len(self._records)
         with self._say.step(f"Load: {count:,} records of Debian's own files") as came_to:
             self._moment("load", "before")
-            cache = Cache(self._socket)
+            cache = Cache(self._cache_at)
             begun = time.monotonic()
             cache.store(self._records)
             stored = time.monotonic()
@@ -252,7 +255,7 @@ class Steps:
             status = device.stat()
             # A name is no hold: it neither maps the bytes nor has them open.
             self._layout.witness.hardlink_to(device)
-            release = lambda: self._client.release(self._tag, up_to="stop")  # noqa: E731
+            release = lambda: self._client.release(self._tag, up_to=self.up_to)  # noqa: E731
             try:
                 insist(release)
             except UnknownThing:
@@ -272,8 +275,10 @@ class Steps:
             self._check(not left, f"still held by {left}")
             self._check(not os.path.lexists(device), f"{device} is still there")
             self._say.proof("holders", "no process maps the bytes or has them open,")
-            how = "had to be killed" if "stop" in rungs else "ended when asked"
-            came_to.append(f"memcached {how}; nobody holds the bytes")
+            came_to.append(f"memcached {self._how_it_ended(rungs)}; nobody holds the bytes")
+
+    def _how_it_ended(self, rungs: list[str]) -> str:
+        return "had to be killed" if "stop" in rungs else "ended when asked"
 
     def _proved(self) -> bool | None:
         """True when the host has proved that it no longer uses the tag."""
@@ -348,16 +353,8 @@ class Steps:
                 self._say.fact("extent", f"pool bytes {_span(extent.start, extent.length)}")
             self._check(held.extents == self._held.extents, "these are other bytes of the pool")
             self._say.fact("map", "\n".join(self._map()))
-            run_dir = str(self._layout.run_dir(_SECOND))
-            with tagmem.open(self._next_tag, run_dir=run_dir, timeout=10.0) as capacity:
-                size = len(capacity.view)
-                self._check(size == TAG_BYTES, f"{_SECOND} sees {size} bytes")
-                dirty = proof.first_nonzero(capacity.view)
-            self._check(dirty < 0, f"{_SECOND} reads something at offset {dirty:#x}")
-            self._say.proof(
-                f"read on {_SECOND}", f"{TAG_BYTES:,} bytes through tagmem.open, all zero,"
-            )
-            insist(lambda: self._client.release(self._next_tag, up_to="stop"))
+            self._read_as_next()
+            insist(lambda: self._client.release(self._next_tag, up_to=self.up_to))
             until(lambda: self._is_gone(self._next_tag), f"{_SECOND}'s tag comes back", 60.0)
             region = self._region()
             self._check(
@@ -365,6 +362,15 @@ class Steps:
                 f"{region.size_bytes - region.free_bytes} bytes of the pool did not come back",
             )
             came_to.append(f"{_SECOND} read {format_size(TAG_BYTES)} of zeros; all given back")
+
+    def _read_as_next(self) -> None:
+        run_dir = str(self._layout.run_dir(_SECOND))
+        with tagmem.open(self._next_tag, run_dir=run_dir, timeout=10.0) as capacity:
+            size = len(capacity.view)
+            self._check(size == TAG_BYTES, f"{_SECOND} sees {size} bytes")
+            dirty = proof.first_nonzero(capacity.view)
+        self._check(dirty < 0, f"{_SECOND} reads something at offset {dirty:#x}")
+        self._say.proof(f"read on {_SECOND}", f"{TAG_BYTES:,} bytes through tagmem.open, all zero,")
 
     # ---- what the steps share
 

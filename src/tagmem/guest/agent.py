@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tagmem.base.errors import Unsupported
+from tagmem.client import launch
 from tagmem.guest import find as finding
 from tagmem.guest.channel import Channel
 from tagmem.guest.commands import Commands
@@ -394,7 +395,7 @@ class Agent:
         release = Release(
             self._target(tag),
             self._prover,
-            lambda: self._commands.of(tag),
+            self._commands.all,
             now=time.monotonic(),
             ask_ms=ask_ms,
             stop_ms=stop_ms,
@@ -502,8 +503,8 @@ class Agent:
                 self._fail(request.id, "absent", f"tag {request.tag} is not here")
                 return
             path = self._names.path(memory)
-            values = {"dax": path, "tag": memory.tag, "size": str(memory.size_bytes)}
-            environment |= {f"TAGMEM_{name.upper()}": value for name, value in values.items()}
+            values = launch.values(memory.tag, path, memory.size_bytes)
+            environment = launch.variables(memory.tag, path, memory.size_bytes, self._roots.run)
         self._commands.start(request, values, environment)
 
     def _signal(self, request: w.Signal) -> None:

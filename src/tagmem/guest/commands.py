@@ -10,19 +10,19 @@ that has gone.
 from __future__ import annotations
 
 import os
-import re
 import selectors
 import signal
 import subprocess
 from collections.abc import Callable, Iterable
 from typing import IO
 
+from tagmem.base.errors import NotFound
+from tagmem.client.launch import fill
 from tagmem.wire.guest import OUTPUT_BYTES_MAX, Exec, Exited, Failed, Message, Output, Started
 
 COMMANDS_MAX = 64
 PIPE_READS_MAX = 64
 """More than a full pipe, in parts of a message's size."""
-_PLACEHOLDER = re.compile(r"\{(dax|tag|size)\}")
 
 
 class Command:
@@ -69,8 +69,9 @@ class Commands:
             reason = f"{len(self._running)} commands run; at most {COMMANDS_MAX}, each with its id"
             self._send(Failed(request.id, "busy", reason))
             return
-        argv = [_filled(argument, values) for argument in request.argv]
+        argv: list[str] = list(request.argv)
         try:
+            argv = [fill(argument, values) for argument in argv]
             process = subprocess.Popen(
                 argv,
                 stdin=subprocess.PIPE if request.input else subprocess.DEVNULL,
@@ -80,8 +81,8 @@ class Commands:
                 start_new_session=True,
                 bufsize=0,
             )
-        except (OSError, ValueError) as error:
-            code = "absent" if isinstance(error, FileNotFoundError) else "failed"
+        except (OSError, ValueError, NotFound) as error:
+            code = "absent" if isinstance(error, FileNotFoundError | NotFound) else "failed"
             self._send(Failed(request.id, code, f"{argv[0][:200]}: {error}"[:2000]))
             return
         command = self._running[request.id] = Command(request, process)
@@ -97,10 +98,6 @@ class Commands:
         self._selector.register(
             command.pidfd, selectors.EVENT_READ, lambda _events: self._ended(command)
         )
-
-    def of(self, tag: str) -> list[Command]:
-        """Those that were started on a tag."""
-        return [command for command in self._running.values() if command.request.tag == tag]
 
     def all(self) -> list[Command]:
         """Every running command."""
@@ -197,10 +194,6 @@ class Commands:
             code = 128 - code if code < 0 else code
             self._send(Exited(command.request.id, code & 0xFF, command.dropped_bytes))
             self.changed()
-
-
-def _filled(text: str, values: dict[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: values.get(match.group(1), match.group(0)), text)
 
 
 def _give(stream: IO[bytes], data: bytes) -> None:

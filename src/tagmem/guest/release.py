@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 class Release:
-    """One tag on its way back. `commands` gives those that we started on it and still run."""
+    """One tag on its way back. `commands` gives those that we started and that still run."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class Release:
 
     def step(self, now: float) -> Outcome | None:
         """Look, and do what is due; None while it is under way."""
-        running = self._commands()
-        self._ours |= {command.process.pid for command in running}
         proof = self._prover.check([self.target])[self.target.tag]
+        running = self._on_the_tag(proof)
+        self._ours |= {command.process.pid for command in running}
         if not running and proof.complete and not proof.holders:
             return self._outcome(proof)
         within_reach = bool(running) or any(self._may_signal(h.pid) for h in proof.holders)
@@ -83,13 +83,17 @@ class Release:
         self.next_at = min(now + self._pause, until)
         return None
 
+    def _on_the_tag(self, proof: Proof) -> list[Command]:
+        """Those that were started on it, and those that took it up by themselves."""
+        holding = {_session(holder.pid) for holder in proof.holders} | self._ours
+        return [
+            command
+            for command in self._commands()
+            if command.request.tag == self.target.tag or command.process.pid in holding
+        ]
+
     def _may_signal(self, pid: int) -> bool:
-        if self._everyone:
-            return True
-        try:
-            return os.getsid(pid) in self._ours
-        except ProcessLookupError:
-            return False
+        return self._everyone or _session(pid) in self._ours
 
     def _ask(self, running: list[Command], proof: Proof) -> None:
         """Each is asked once: what we started as a whole, others one by one."""
@@ -126,6 +130,13 @@ class Release:
 
     def _outcome(self, proof: Proof) -> Outcome:
         return Outcome(proof, tuple(self._stopped.values())[:HOLDERS_MAX])
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def _group(pid: int) -> int:

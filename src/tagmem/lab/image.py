@@ -43,6 +43,7 @@ GUEST_PACKAGES = (
     "kexec-tools",
     "kmod",
     "libpython3-stdlib",
+    "memcached",
     "ndctl",
     "python3-minimal",
 )
@@ -51,6 +52,7 @@ PROGRAMS = (
     "usr/bin/cxl",
     "usr/bin/daxctl",
     "usr/bin/kmod",
+    "usr/bin/memcached",
     "usr/bin/ndctl",
     "usr/sbin/kexec",
 )
@@ -145,6 +147,12 @@ GUEST_CODE = (
     "wire/__init__.py",
     "wire/guest.py",
 )
+_PROGRAM = """#!/usr/bin/python3
+import sys
+from tagmem.guest.run import main
+sys.exit(main())
+"""
+"""The guest's `tagmem`."""
 _OURS = Path(__file__).parent.parent
 _INIT = Path(__file__).with_name("init.sh")
 _DEPENDS = re.compile(rb"(?:\A|\0)depends=([^\0]*)\0")
@@ -172,7 +180,7 @@ def present(cache: Path | None = None) -> Image | None:
         document = json.loads((folder / "manifest.json").read_text())
         archive = cache / "images" / f"image-{_image_key(document)}.cpio"
         release = document["release"]
-        if not archive.is_file():
+        if not (_has_all(document) and archive.is_file()):
             return None
         return Image(
             _kernel(folder, release),
@@ -244,7 +252,7 @@ def _bring(cache: Path, report: Report, *, refresh: bool) -> None:
     """Have the packages unpacked in `guest/root`."""
     folder = cache / "guest"
     manifest = folder / "manifest.json"
-    if manifest.is_file() and not refresh:
+    if manifest.is_file() and not refresh and _has_all(json.loads(manifest.read_text())):
         return
     world = World(RELEASE, cache / "apt", report)
     if refresh:
@@ -265,6 +273,7 @@ def _bring(cache: Path, report: Report, *, refresh: bool) -> None:
     document = {
         "release": release,
         "packages": names,
+        "asked": sorted(GUEST_PACKAGES),
         "download_bytes": sum(package.size_bytes for package in (*closure, *kernel)),
         "unpacked_bytes": tree_bytes(partial),
     }
@@ -273,6 +282,12 @@ def _bring(cache: Path, report: Report, *, refresh: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     world.clean()
+
+
+def _has_all(document: Mapping[str, object]) -> bool:
+    """Whether the unpacked packages are at least those that this code asks for."""
+    asked = document.get("asked")
+    return isinstance(asked, list) and set(GUEST_PACKAGES) <= set(asked)
 
 
 def _kernel_packages(world: World) -> tuple[str, list[str]]:
@@ -491,7 +506,7 @@ def _module_bytes(path: Path) -> bytes:
 
 def _code_archive(image: Image, cache: Path, source: Path) -> Path:
     files = list(_code_files(source))
-    digest = hashlib.sha256(image.release.encode())
+    digest = hashlib.sha256(image.release.encode() + _PROGRAM.encode())
     for name, path in files:
         digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     target = cache / "images" / f"code-{digest.hexdigest()[:16]}.cpio"
@@ -505,6 +520,10 @@ def _code_archive(image: Image, cache: Path, source: Path) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
         _compile(image.packages, stage, CODE_PLACE)
+        program = stage / "usr/bin/tagmem"
+        program.parent.mkdir(parents=True)
+        program.write_text(_PROGRAM)
+        program.chmod(0o755)
         descriptor, partial = tempfile.mkstemp(dir=target.parent, prefix="partial.")
         with os.fdopen(descriptor, "wb") as stream:
             archive = Archive(stream)
@@ -518,9 +537,9 @@ def _code_archive(image: Image, cache: Path, source: Path) -> Path:
 def _code_files(source: Path) -> Iterable[tuple[str, Path]]:
     for name in GUEST_CODE:
         top = source / name
-        found = sorted(top.rglob("*.py")) if top.is_dir() else [top]
+        found = sorted(top.rglob("*")) if top.is_dir() else [top]
         for path in found:
-            if path.is_file():
+            if path.is_file() and path.suffix in (".py", ".so"):
                 yield f"tagmem/{path.relative_to(source).as_posix()}", path
 
 

@@ -23,6 +23,13 @@ for word in $(cat /proc/cmdline); do
         tagmem.agent=off) agent=0 ;;
     esac
 done
+# QEMU's user network has one shape; a guest without a card stays alone.
+for card in /sys/class/net/e*; do
+    [ -e "$card" ] || continue
+    ip addr add 10.0.2.15/24 dev "${card##*/}"
+    ip link set "${card##*/}" up
+    ip route add default via 10.0.2.2
+done
 read -r up rest </proc/uptime
 echo "tagmem-init: modules after $up s"
 # Names for virtio-serial ports are udev's work elsewhere; a port may come a moment later.

@@ -90,6 +90,8 @@ class Start(Value, frozen=True):
     initrd: str = ""
     append: str = ""
     nvdimm: bool = False
+    forwards: tuple[tuple[int, int], ...] = ()
+    """(port of this machine's loopback, TCP port of the guest)."""
     wait: bool = True
     """Until the guest's agent answers."""
 
@@ -321,6 +323,7 @@ class Hypervisor:
             initrd=request.initrd,
             append=request.append,
             nvdimm=request.nvdimm,
+            forwards=request.forwards,
         )
         record = VmRecord(
             request.name, f"{directory}/qmp", f"{directory}/agent", directory=str(directory)

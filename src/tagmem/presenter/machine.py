@@ -17,6 +17,7 @@ from tagmem.wire.guest import PORT_NAME
 
 PORTS_MAX = 16
 MEMORY_SLOTS_MAX = 255
+FORWARDS_MAX = 16
 SUN_PATH_MAX = 107
 
 
@@ -43,6 +44,8 @@ class VmSpec(Value, frozen=True):
     memory_max_bytes: Bytes = 32 * GIB
     """Room for the guest's RAM and all device memory that is plugged later."""
     nvdimm: bool = False
+    forwards: tuple[tuple[int, int], ...] = ()
+    """(port of this machine's loopback, TCP port of the guest); any makes a user network card."""
     incoming: bool = False
     """Wait for a migration to come in."""
     extra: tuple[str, ...] = ()
@@ -66,6 +69,11 @@ def check(spec: VmSpec) -> None:
         raise InvalidInput("ports", f"0 to {PORTS_MAX}", spec.ports)
     if not 0 <= spec.memory_slots <= MEMORY_SLOTS_MAX:
         raise InvalidInput("memory_slots", f"0 to {MEMORY_SLOTS_MAX}", spec.memory_slots)
+    if len(spec.forwards) > FORWARDS_MAX:
+        raise InvalidInput("forwards", f"at most {FORWARDS_MAX}", len(spec.forwards))
+    for pair in spec.forwards:
+        if not all(1 <= port <= 65535 for port in pair):
+            raise InvalidInput("forwards", "ports from 1 to 65535", pair)
     if len(f"{spec.directory}/agent".encode()) > SUN_PATH_MAX:
         raise InvalidInput(
             "directory", f"a path of at most {SUN_PATH_MAX - 6} bytes", spec.directory
@@ -96,6 +104,10 @@ def argv(spec: VmSpec) -> list[str]:
     for number in range(1, spec.ports + 1):
         port = f"pcie-root-port,id=tmp{number},bus=pcie.0,chassis={number},slot={number}"
         arguments += ["-device", f"{port},pref64-reserve={spec.port_bytes}"]
+    if spec.forwards:
+        pairs = [f"hostfwd=tcp:127.0.0.1:{ours}-:{theirs}" for ours, theirs in spec.forwards]
+        arguments += ["-netdev", ",".join(["user,id=net0", *pairs])]
+        arguments += ["-device", "virtio-net-pci,netdev=net0,romfile="]
     if spec.kernel:
         arguments += ["-kernel", spec.kernel]
     if spec.initrd:

@@ -173,6 +173,16 @@ def test_a_command_is_told_of_its_tag(world: World) -> None:
     assert output.data.decode().split() == [dax, "534773760", PMEM, dax, "534773760", "{other}"]
 
 
+def test_a_command_that_took_up_a_tag_by_itself_is_asked_too(world: World) -> None:
+    memory = attach(world)
+    number = holder_command(world, memory.path, tag="")
+    answer = world.ask(w.Detach(0, PMEM, ask_ms=8_000, stop_ms=0))
+    assert isinstance(answer, w.Released)
+    world.until(lambda: number not in world.session.outstanding)
+    [exited] = [a for a in world.answers(number) if isinstance(a, w.Exited)]
+    assert exited.code == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
