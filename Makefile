@@ -13,8 +13,8 @@ FAST  := $(wildcard tests/test_*.py \
 	$(addprefix tests/,unit property vectors contract scenarios docs))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup static check test test-vm test-fast sim scenario demo demo-vm bench up down docs format \
-	lock clean distclean
+.PHONY: help setup static check test test-vm test-fast sim scenario demo demo-vm bench up down \
+	docs format lock clean distclean
 
 help: ## what there is
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,7 +36,7 @@ test-fast: check ## the same as check: no guests
 test: static ## everything: check, simulator, real processes, the demo, documents, real guests
 	$(PYTEST) -n $(JOBS) --dist loadgroup tests
 
-test-vm: setup ## only real guests, on both QEMUs (brings 200 MB of Debian packages into a cache folder)
+test-vm: setup ## only real guests, on both QEMUs (200 MB of Debian packages are brought once)
 	$(PYTEST) tests/vm
 
 sim: setup ## simulated worlds; SEED=123 for that one
