@@ -1,5 +1,5 @@
-"""`python3 -m tagmem.guest`: the agent where nothing but Python is there; the same options as
-`tagmem guest`.
+"""`python3 -m tagmem.guest`: the agent where nothing but Python is there, with the options of
+`tagmem guest`; and `run`, as `tagmem run`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from tagmem.base.errors import TagmemError
 from tagmem.guest.agent import Options, serve
 from tagmem.guest.find import Roots
+from tagmem.guest.run import main as run
 from tagmem.guest.system import say
 from tagmem.wire.guest import PORT_NAME
 
@@ -18,7 +19,10 @@ CHANNEL = f"/dev/virtio-ports/{PORT_NAME}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the options and be the agent."""
+    """Parse the options and be the agent; or be `tagmem run`, the guest's other command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["run"]:
+        return run(words[1:])
     parser = argparse.ArgumentParser("tagmem guest", description="Be a guest's agent.")
     parser.add_argument(
         "--channel", default=CHANNEL, help="device path, unix:PATH or vsock[:PORT] (%(default)s)"
@@ -26,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", default=Roots().run, help="where names are made")
     parser.add_argument("--no-exec", action="store_true", help="run no commands for the host")
     parser.add_argument("--modules", action="store_true", help="load the modules of DAX devices")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     roots = Roots(run=given.run_dir)
     options = Options(given.channel, roots, commands=not given.no_exec, modules=given.modules)
     try:

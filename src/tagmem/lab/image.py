@@ -149,10 +149,11 @@ GUEST_CODE = (
 )
 _PROGRAM = """#!/usr/bin/python3
 import sys
-from tagmem.guest.run import main
-sys.exit(main())
+from tagmem.guest.__main__ import main
+words = sys.argv[1:]
+sys.exit(main(words[1:] if words[:1] == ["guest"] else words))
 """
-"""The guest's `tagmem`."""
+"""The guest's `tagmem`: `run` and `guest`."""
 _OURS = Path(__file__).parent.parent
 _INIT = Path(__file__).with_name("init.sh")
 _DEPENDS = re.compile(rb"(?:\A|\0)depends=([^\0]*)\0")

@@ -18,7 +18,7 @@ TAG = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee"
 def run(run_dir: str | Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TAGMEM_RUN_DIR": str(run_dir)}
     return subprocess.run(
-        [sys.executable, "-m", "tagmem.guest.run", *words],
+        [sys.executable, "-m", "tagmem.guest", *words],
         capture_output=True,
         text=True,
         timeout=30,
