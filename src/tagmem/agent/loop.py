@@ -168,7 +168,8 @@ class AgentMachine:
         if desired.revision < state.revision and not idle:
             return
         news = desired.revision != state.revision
-        state.desired = desired
+        if state.want(desired):
+            self._entered.add(desired.tag)
         if not state.in_use:
             state.appliance = desired.appliance
         self._index_untagged(state)
@@ -596,7 +597,7 @@ class AgentMachine:
         if phase in (Phase.SURFACING, Phase.WITHDRAWING, Phase.PROVING):
             self._tickets += 1
             state.ticket = self._tickets
-        if phase is Phase.SURFACING:
+        if phase is Phase.SURFACING and not state.held_back:
             self._surface(state)
         elif phase is Phase.WITHDRAWING:
             state.reason = state.reason if state.lost else ""
@@ -609,8 +610,7 @@ class AgentMachine:
             self._retry(state, RECHECK_NS)
             if state.holders and (state.desired is None or state.desired.up_to == "detach"):
                 force = state.desired is not None and state.desired.kill_holders
-                due = state.deadline_ns("detach")
-                self._effects.append(vms.DetachGuests(0, tag, due, force))
+                self._effects.append(vms.DetachGuests(0, tag, state.deadline_ns("detach"), force))
             if state.desired is not None and state.desired.kill_holders and state.holders:
                 kill = r.KillHolders(0, state.appliance, tag, self._shared(state))
                 self._effects.append(kill)

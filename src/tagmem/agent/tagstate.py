@@ -138,6 +138,16 @@ class TagState:
         """Untagged capacity has no name and so no DAX device."""
         return self.desired is None or self.desired.tagged
 
+    def want(self, desired: Desired) -> bool:
+        """Take over what is wanted; whether that lifts what its surfacing waited for."""
+        waited, self.desired = self.held_back, desired
+        return waited and not desired.held_back
+
+    @property
+    def held_back(self) -> bool:
+        """Whether it is to be accepted and not surfaced yet."""
+        return self.desired is not None and self.desired.held_back
+
     @property
     def active(self) -> bool:
         """Whether a workload of ours runs on it, or is about to."""

@@ -268,9 +268,10 @@ def tag_argument(function: F) -> F:
     return click.argument("tag", shell_complete=_complete_tags)(function)
 
 
-def host_option(**attributes: Any) -> Callable[[F], F]:
-    """--host, completed from the orchestrator's list."""
-    return click.option("--host", metavar="NAME", shell_complete=_complete_hosts, **attributes)
+def host_option(*names: str, **attributes: Any) -> Callable[[F], F]:
+    """--host, or an option with other names, completed from the orchestrator's list."""
+    attributes = {"metavar": "NAME", "shell_complete": _complete_hosts, **attributes}
+    return click.option(*(names or ("--host",)), **attributes)
 
 
 def _complete_tags(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:

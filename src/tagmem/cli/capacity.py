@@ -31,12 +31,17 @@ from tagmem.cli.render import (
 if TYPE_CHECKING:
     from tagmem.cli.progress import Progress
     from tagmem.client.session import Client
-    from tagmem.wire.rest import AttachmentDocument, CapacityDocument, CapacityRequest
+    from tagmem.wire.rest import (
+        AttachmentDocument,
+        CapacityDocument,
+        CapacityRequest,
+        MoveDocument,
+    )
 
 SHARING = ("none", "read-only", "hardware-coherent", "software-coherent")
 RUNGS = ("ask", "stop", "detach", "restart", "fence", "force")
 """As in domain/records.py; a test compares them."""
-STATES = ("reserved", "active", "releasing", "sanitising", "quarantined")
+STATES = ("reserved", "active", "retained", "releasing", "sanitising", "quarantined")
 
 wait_options = (
     click.option("--wait/--no-wait", default=True, help="Wait until it is done. [default: wait]"),
@@ -51,6 +56,22 @@ wait_options = (
 )
 
 
+ladder_options = (
+    click.option(
+        "--up-to",
+        type=click.Choice(RUNGS),
+        help="How far the release may go: ask the workload, stop it, detach from guests, restart "
+        "the host, fence it, forced release. [default: the orchestrator's]",
+    ),
+    click.option(
+        "--rung-timeout",
+        multiple=True,
+        metavar="RUNG=DURATION",
+        help="How long a rung may take, as stop=2s; may be repeated.",
+    ),
+)
+
+
 @click.group(
     "capacity",
     cls=Group,
@@ -58,7 +79,7 @@ wait_options = (
     example="tagmem capacity list --host w1",
 )
 def capacity() -> None:
-    """Create, list, show, attach and release capacities: memory under a tag."""
+    """Create, list, show, share and release capacities: memory under a tag."""
 
 
 @capacity.command("create", example="tagmem capacity create --size 2GiB --host w1")
@@ -71,6 +92,7 @@ def capacity() -> None:
 @click.option("--owner", default="", help="Whose it is.")
 @click.option("--appliance", default="", metavar="NAME", help="Only from this appliance.")
 @click.option("--region", type=int, help="Only from this DC region.")
+@click.option("--retain", is_flag=True, help="Shared only: keep the bytes when no host has it.")
 @click.option("--scatter", is_flag=True, help="Several extents will do where one does not fit.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it can be opened. [default: wait]")
 @wait_options[1]
@@ -87,6 +109,7 @@ def create(
     owner: str,
     appliance: str,
     region: int | None,
+    retain: bool,
     scatter: bool,
     wait: bool,
     timeout: float,
@@ -100,7 +123,9 @@ def create(
     wanted = bytes_ if size is None else size
     if wanted is None or None not in (bytes_, size):
         raise click.UsageError("say the size once: as SIZE, or with --size")
-    request = request_for(wanted, host, share, untagged, owner, appliance, region, scatter)
+    request = request_for(
+        wanted, host, share, untagged, owner, appliance, region, scatter, retain=retain
+    )
     with settings.client() as client:
         if not wait or not request.hosts:
             show_one(client.create(request, named), settings)
@@ -135,6 +160,8 @@ def request_for(
     appliance: str,
     region: int | None,
     scatter: bool,
+    *,
+    retain: bool = False,
 ) -> CapacityRequest:
     """The API's request; hosts may be given as `w1,w2` too."""
     import msgspec
@@ -143,18 +170,24 @@ def request_for(
 
     fields = {
         "size_bytes": size,
-        "hosts": [name for item in hosts for name in item.split(",") if name],
+        "hosts": split_names(hosts),
         "tagged": not untagged,
         "sharing": share,
         "owner": owner,
         "appliance": appliance,
         "region": region,
         "contiguous": not scatter,
+        "retain": retain,
     }
     try:
         return msgspec.convert(fields, CapacityRequest)
     except msgspec.ValidationError as error:
         raise InvalidInput("request", "within the API's limits", str(error)) from None
+
+
+def split_names(items: tuple[str, ...]) -> list[str]:
+    """Names given one by one, or several in one word: `w1,w2`."""
+    return [name for item in items for name in item.split(",") if name]
 
 
 @capacity.command("list", example="tagmem capacity list --state active -o wide")
@@ -254,18 +287,8 @@ def attach(
 @capacity.command("release", example="tagmem capacity release $TAG --up-to stop")
 @tag_argument
 @host_option(default="", help="Only from this host. [default: from all, then to the pool]")
-@click.option(
-    "--up-to",
-    type=click.Choice(RUNGS),
-    help="How far the release may go: ask the workload, stop it, detach from guests, restart the "
-    "host, fence it, forced release. [default: the orchestrator's]",
-)
-@click.option(
-    "--rung-timeout",
-    multiple=True,
-    metavar="RUNG=DURATION",
-    help="How long a rung may take, as stop=2s; may be repeated.",
-)
+@ladder_options[0]
+@ladder_options[1]
 @wait_options[0]
 @wait_options[1]
 @wait_options[2]
@@ -286,7 +309,7 @@ def release(
     """
     from tagmem.cli.progress import Progress
 
-    deadlines = dict(_rung_timeout(item) for item in rung_timeout)
+    deadlines = rung_deadlines(rung_timeout)
     with settings.client() as client:
         progress = Progress(client, tag, quiet=quiet, timeout=timeout) if wait else None
         document = client.release(tag, host, up_to=up_to or "", deadlines=deadlines)
@@ -323,11 +346,16 @@ def _wait_released(
     return progress.until(look, lambda: f"not released in {timeout:g} s: {pending(last)}")[0]
 
 
-def _rung_timeout(text: str) -> tuple[str, float]:
-    rung, equals, duration = text.partition("=")
-    if rung not in RUNGS or not equals:
-        raise InvalidInput("rung-timeout", f"RUNG=DURATION with one of {', '.join(RUNGS)}", text)
-    return rung, Seconds().convert(duration, None, None)
+def rung_deadlines(items: tuple[str, ...]) -> dict[str, float]:
+    """Seconds by rung, from `--rung-timeout`. Raises InvalidInput."""
+    found: dict[str, float] = {}
+    for text in items:
+        rung, equals, duration = text.partition("=")
+        if rung not in RUNGS or not equals:
+            limit = f"RUNG=DURATION with one of {', '.join(RUNGS)}"
+            raise InvalidInput("rung-timeout", limit, text)
+        found[rung] = Seconds().convert(duration, None, None)
+    return found
 
 
 def show_one(document: CapacityDocument, settings: Settings) -> None:
@@ -341,7 +369,9 @@ def show_one(document: CapacityDocument, settings: Settings) -> None:
         ("size", size(document.size_bytes)),
         ("state", document.state),
         ("guaranteed", yes(document.guaranteed)),
-        ("sharing", document.sharing),
+        ("sharing", document.sharing + (", published" if document.published else "")),
+        ("retained", _retained(document)),
+        ("move", _move_text(document.move)),
         ("owner", document.owner),
         ("place", f"{document.appliance} region {document.region}"),
         (
@@ -355,6 +385,23 @@ def show_one(document: CapacityDocument, settings: Settings) -> None:
     for attachment in document.attachments:
         pairs.append(("host", _attachment_text(attachment)))
     show_fields(pairs)
+
+
+def _retained(document: CapacityDocument) -> str:
+    """Whether it outlives its hosts; empty for what never can."""
+    if document.sharing == "none":
+        return ""
+    reference = "" if document.reference == "none" else f" (reference {document.reference})"
+    return yes(document.retain) + reference
+
+
+def _move_text(move: MoveDocument | None) -> str:
+    """`hand-over w1 to w2: ending`, and why it failed."""
+    if move is None:
+        return ""
+    source = f" {move.source}" if move.source else ""
+    reason = f" ({move.reason})" if move.reason else ""
+    return f"{move.kind}{source} to {', '.join(move.targets)}: {move.step}{reason}"
 
 
 def _attachment_text(attachment: AttachmentDocument) -> str:

@@ -20,6 +20,7 @@ from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
 from tagmem.cli.guest import guest
 from tagmem.cli.lab import lab
+from tagmem.cli.sharing import hand_over, publish, retain
 from tagmem.cli.vm import vm
 from tagmem.cli.watch import events, explain
 from tagmem.cli.workload import EXIT_INTERRUPTED, run, stop
@@ -64,6 +65,8 @@ def completion(shell: str) -> None:
     click.echo(script.source_template % script.source_vars())
 
 
+for verb in (hand_over, publish, retain):
+    capacity.add_command(verb)
 for command in (
     demo,
     up,

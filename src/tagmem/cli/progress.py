@@ -111,11 +111,30 @@ def ready(document: CapacityDocument, hosts: tuple[str, ...] = ()) -> CapacityDo
     return document if not missing and all(a.ready for a in wanted) else None
 
 
+def moved(document: CapacityDocument, hosts: tuple[str, ...]) -> CapacityDocument | None:
+    """The document once its hand-over or publication is over and `hosts` have it; None before.
+
+    Raises Conflict when it failed, with who has the capacity now, and when a host refused.
+    """
+    move = document.move
+    if move is not None and not move.ended_ns:
+        return None
+    if move is not None and move.step == "failed":
+        over = ("released", "refused")
+        having = [a.host for a in document.attachments if a.state not in over]
+        where = f"{', '.join(having)} has it" if having else f"it is {document.state}"
+        raise Conflict(f"the {move.kind} of tag {document.tag} failed: {move.reason}; {where}")
+    return ready(document, hosts)
+
+
 def pending(document: CapacityDocument | None) -> str:
     """What a capacity is waiting for, in a sentence with the holders that stand in the way."""
     if document is None:
         return "nothing is known yet"
     parts = [f"tag {document.tag} is {document.state}"]
+    move = document.move
+    if move is not None and not move.ended_ns:
+        parts.append(f"the {move.kind} to {', '.join(move.targets)} is {move.step}")
     parts += [_pending_on(a) for a in document.attachments if a.state != "released"]
     return "; ".join(parts)
 

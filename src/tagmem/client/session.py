@@ -15,7 +15,7 @@ import http.client
 import socket
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self, TypeVar
 
 import msgspec
@@ -177,6 +177,53 @@ class Client:
         path = _path("capacities", tag, "attachments", host)
         return self._call("PUT", path, rest.CapacityDocument, rest.AttachmentRequest())
 
+    def hand_over(
+        self,
+        tag: str,
+        source: str,
+        target: str,
+        *,
+        up_to: str = "",
+        deadlines: Mapping[str, float] | None = None,
+        if_match: int | None = None,
+    ) -> rest.CapacityDocument:
+        """Begin to hand a shared capacity with its contents from one host to another.
+
+        How far the release of `source` may climb is said as for `release`.
+        """
+        path, body = _path("capacities", tag, "hand-over"), rest.HandOverRequest(source, target)
+        return self._begin(path, body, up_to, deadlines, if_match)
+
+    def publish(
+        self,
+        tag: str,
+        hosts: Sequence[str],
+        *,
+        up_to: str = "",
+        deadlines: Mapping[str, float] | None = None,
+        if_match: int | None = None,
+    ) -> rest.CapacityDocument:
+        """Begin to publish read-only capacity: its writer and `hosts` read, and nobody writes."""
+        path, body = _path("capacities", tag, "publish"), rest.PublishRequest(tuple(hosts))
+        return self._begin(path, body, up_to, deadlines, if_match)
+
+    def _begin(
+        self,
+        path: str,
+        body: rest.Body,
+        up_to: str,
+        deadlines: Mapping[str, float] | None,
+        if_match: int | None,
+    ) -> rest.CapacityDocument:
+        query, headers = _plan(up_to, deadlines), _matching(if_match)
+        data = self._request("POST", path, body, query=query, headers=headers)
+        return _decode(data, rest.CapacityDocument, self.url)
+
+    def retain(self, tag: str, retain: bool = True) -> rest.CapacityDocument:
+        """Have a shared capacity outlive its last host, or no longer."""
+        path = _path("capacities", tag, "reference")
+        return self._call("PUT" if retain else "DELETE", path, rest.CapacityDocument)
+
     def release(
         self,
         tag: str,
@@ -193,9 +240,7 @@ class Client:
         has seen.
         """
         path = _path("capacities", tag, *(("attachments", host) if host else ()))
-        query = {"up_to": up_to} if up_to else {}
-        query.update({f"{rung}_seconds": f"{s:g}" for rung, s in (deadlines or {}).items()})
-        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
+        query, headers = _plan(up_to, deadlines), _matching(if_match)
         data = self._request("DELETE", path, query=query, headers=headers)
         return _decode(data, rest.CapacityDocument, self.url) if data else None
 
@@ -499,6 +544,17 @@ def _parse_url(url: str) -> str | tuple[str, int]:
 
 def _path(*parts: str) -> str:
     return "/v1/" + "/".join(urllib.parse.quote(part, safe="") for part in parts)
+
+
+def _plan(up_to: str, deadlines: Mapping[str, float] | None) -> dict[str, str]:
+    """How far a release may climb, as a query; `deadlines` are seconds by rung."""
+    query = {"up_to": up_to} if up_to else {}
+    query.update({f"{rung}_seconds": f"{s:g}" for rung, s in (deadlines or {}).items()})
+    return query
+
+
+def _matching(if_match: int | None) -> dict[str, str]:
+    return {} if if_match is None else {"If-Match": f'"{if_match}"'}
 
 
 def _decode(data: bytes, kind: type[T], url: str) -> T:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from tagmem.base.errors import InvalidInput
 from tagmem.base.ids import NIL_TAG, ApplianceId, parse_name
 from tagmem.domain import attachment as attachments
-from tagmem.domain import ladder
+from tagmem.domain import ladder, moves
 from tagmem.domain.attachment import Happening
 from tagmem.domain.device_records import Code
 from tagmem.domain.effects import (
@@ -28,10 +28,12 @@ from tagmem.domain.effects import (
     HostAnswered,
     InitiateAdd,
     InitiateRelease,
+    ReferenceSet,
     RefreshAppliance,
     RegisterAppliance,
     ReleaseFailed,
     ReleaseStarted,
+    SetReference,
 )
 from tagmem.domain.extent import covers, normal, subtract
 from tagmem.domain.outcome import Outcome, Reply
@@ -42,6 +44,7 @@ from tagmem.domain.records import (
     AttachmentState,
     CapacityRecord,
     Extent,
+    Reference,
     ReleasePlan,
 )
 from tagmem.domain.requests import problem
@@ -264,10 +267,31 @@ def force(turn: Turn, record: AttachmentRecord, capacity: CapacityRecord) -> Non
     turn.note("capacity.rung", record.tag, host=record.host, rung="force")
 
 
+def reference_set(turn: Turn, event: ReferenceSet) -> None:
+    """The fabric manager holds a reference, or there is none; without one the lists have to tell
+    what became of the media.
+    """
+    if turn.end_effect(event.effect_id) is None:
+        return
+    capacity = turn.state.capacities.get(event.tag)
+    if capacity is None:
+        return
+    turn.touch(event.tag)
+    if not event.wanted:
+        turn.read_appliance(capacity.appliance)
+    elif event.code == 0:
+        turn.put_capacity(replace(capacity, reference=Reference.HELD))
+    else:
+        turn.put_capacity(replace(capacity, reference=Reference.NONE))
+        reason = f"the appliance holds no reference for us ({code_name(event.code)})"
+        moves.not_secured(turn, event.tag, reason)
+        turn.read_appliance(capacity.appliance)
+
+
 def effect_unknown(turn: Turn, event: EffectUnknown) -> None:
     """No answer: nothing may be concluded. The effect stays in the outbox."""
     effect = turn.state.outbox.get(event.effect_id)
-    if not isinstance(effect, InitiateAdd | InitiateRelease | FenceHost):
+    if not isinstance(effect, InitiateAdd | InitiateRelease | FenceHost | SetReference):
         return
     record = turn.state.attachment(effect.tag, effect.host)
     if record is not None and isinstance(effect, InitiateAdd):
@@ -372,6 +396,11 @@ def capacity_returned(turn: Turn, event: CapacityReturned) -> None:
         return
     first = event.extents[0] if event.extents else None
     record, capacity = _find(turn, event.appliance, event.ld, event.tag, first, event.region)
+    if capacity is not None and capacity.reference is Reference.DROPPING:
+        # Given up before or after this host let go: the lists tell whether the media are clean.
+        turn.read_appliance(capacity.appliance)
+        if record is None or record.state in attachments.OVER:
+            return
     if record is None or capacity is None:
         _strange(turn, event.appliance, event.ld, event.tag, "a return of what was not lent here")
         return

@@ -5,7 +5,7 @@ has, RELEASING once its owner wants it back in the pool, SANITISING when every h
 back and the appliance has not yet said that the media is clean. If that takes too long it is
 QUARANTINED: shown, not used, not free. It ends (FREE) only from there on: every attachment over,
 media clean, owner willing. A capacity that one host gave back while the owner keeps it becomes
-RESERVED again when it is clean.
+RESERVED again when it is clean; one that is to outlive its hosts becomes RETAINED with its bytes.
 
 The state is never set; it follows. After each event that touches a capacity, `turn.settle` works
 out which Condition now holds and looks up the next state here. A pair that the rules exclude is
@@ -30,6 +30,8 @@ class Condition(Enum):
     """No host has it any more; the media is not known to be clean."""
     OVERDUE = "overdue"
     """The same, for longer than sanitising may take."""
+    KEPT = "kept"
+    """No host has it; the fabric manager's reference keeps its bytes."""
     IDLE = "idle"
     """No host has it, and the media is clean; the owner keeps it."""
     DONE = "done"
@@ -55,6 +57,7 @@ _ROWS: dict[CapacityState, dict[Condition, CapacityState | Verdict]] = {
         _C.IN_USE: _S.ACTIVE,
         _C.LEAVING: _S.RELEASING,
         _C.GIVEN_BACK: _S.SANITISING,
+        _C.KEPT: _S.RETAINED,
         _C.IDLE: _S.RESERVED,
         _C.DONE: FREE,
     },
@@ -62,6 +65,15 @@ _ROWS: dict[CapacityState, dict[Condition, CapacityState | Verdict]] = {
         _C.IN_USE: _S.ACTIVE,
         _C.LEAVING: _S.RELEASING,
         _C.GIVEN_BACK: _S.SANITISING,
+        _C.KEPT: _S.RETAINED,
+        _C.IDLE: _S.RESERVED,
+        _C.DONE: FREE,
+    },
+    _S.RETAINED: {
+        _C.IN_USE: _S.ACTIVE,
+        _C.LEAVING: _S.RELEASING,
+        _C.GIVEN_BACK: _S.SANITISING,
+        _C.KEPT: _S.RETAINED,
         _C.IDLE: _S.RESERVED,
         _C.DONE: FREE,
     },
@@ -70,6 +82,7 @@ _ROWS: dict[CapacityState, dict[Condition, CapacityState | Verdict]] = {
         _C.LEAVING: _S.RELEASING,
         _C.GIVEN_BACK: _S.SANITISING,
         _C.OVERDUE: _S.QUARANTINED,
+        _C.KEPT: _S.RETAINED,
         _C.IDLE: _S.RESERVED,
         _C.DONE: FREE,
     },
@@ -78,6 +91,7 @@ _ROWS: dict[CapacityState, dict[Condition, CapacityState | Verdict]] = {
         _C.LEAVING: _S.RELEASING,
         _C.GIVEN_BACK: _S.SANITISING,
         _C.OVERDUE: _S.QUARANTINED,
+        _C.KEPT: _S.RETAINED,
         _C.IDLE: _S.RESERVED,
         _C.DONE: FREE,
     },
@@ -86,6 +100,7 @@ _ROWS: dict[CapacityState, dict[Condition, CapacityState | Verdict]] = {
         _C.LEAVING: _S.RELEASING,
         _C.GIVEN_BACK: _S.QUARANTINED,
         _C.OVERDUE: _S.QUARANTINED,
+        _C.KEPT: _S.RETAINED,
         _C.IDLE: _S.RESERVED,
         _C.DONE: FREE,
     },

@@ -10,6 +10,7 @@ from tagmem.base.ids import ApplianceId, HostId, Tag
 from tagmem.base.units import Bytes, Dpa, Nanoseconds
 from tagmem.domain import attachment as attachments
 from tagmem.domain import dpa, ladder
+from tagmem.domain.moves import held_back
 from tagmem.domain.records import (
     AttachmentRecord,
     CapacityRecord,
@@ -44,6 +45,8 @@ class Desired(msgspec.Struct, frozen=True):
     kill_holders: bool
     shared: bool = False
     """Other hosts may have the tag too; their processes are not this host's to answer for."""
+    held_back: bool = False
+    """To be accepted and not surfaced yet: another host still writes."""
 
 
 def desired(state: State, host: str, tag: str) -> Desired | None:
@@ -71,6 +74,7 @@ def desired(state: State, host: str, tag: str) -> Desired | None:
         plan.deadlines_ns,
         released and ladder.rank(record.rung) >= ladder.rank("restart"),
         capacity.sharing is not Sharing.NONE,
+        held_back(capacity, host),
     )
 
 

@@ -47,6 +47,8 @@ class CreateCapacity(Event, frozen=True):
     """False: several extents will do when nothing contiguous is left."""
     digest: str = ""
     idempotency_key: str = ""
+    retain: bool = False
+    """Shared capacity only: it outlives its last host."""
 
 
 class AttachCapacity(Event, frozen=True):
@@ -65,6 +67,38 @@ class ReleaseCapacity(Event, frozen=True):
     host: str = ""
     up_to: str = "detach"
     deadlines_ns: dict[str, int] = {}
+    if_match: int | None = None
+
+
+class HandOver(Event, frozen=True):
+    """Have `target` take a shared capacity with its contents, and then `source` let go of it."""
+
+    tag: str
+    source: str
+    target: str
+    up_to: str = "detach"
+    """How far the release of the source may climb, with the deadlines of its rungs."""
+    deadlines_ns: dict[str, int] = {}
+    if_match: int | None = None
+    idempotency_key: str = ""
+
+
+class PublishCapacity(Event, frozen=True):
+    """End the writing of read-only capacity, and let `hosts` and the one that wrote it read."""
+
+    tag: str
+    hosts: tuple[str, ...]
+    up_to: str = "detach"
+    deadlines_ns: dict[str, int] = {}
+    if_match: int | None = None
+    idempotency_key: str = ""
+
+
+class RetainCapacity(Event, frozen=True):
+    """Have a shared capacity outlive its last host (or no longer)."""
+
+    tag: str
+    retain: bool
     if_match: int | None = None
 
 
@@ -186,6 +220,15 @@ class EffectUnknown(Event, frozen=True):
     effect_id: int
 
 
+class ReferenceSet(Event, frozen=True):
+    """5606h (or, not `wanted`, 5607h) was answered with `code`."""
+
+    effect_id: int
+    tag: Tag
+    wanted: bool
+    code: int
+
+
 class HostAnswered(Event, frozen=True):
     """A type 4 record: what the host accepted (empty: it refused), in media offsets."""
 
@@ -286,6 +329,18 @@ class FenceHost(Effect, frozen=True):
     extents: tuple[Extent, ...]
 
 
+class SetReference(Effect, frozen=True):
+    """5606h, or not `wanted` 5607h: the fabric manager's reference on a tag. It is the capacity's
+    own, so it names no host and no LD.
+    """
+
+    appliance: ApplianceId
+    tag: Tag
+    wanted: bool
+    host: HostId = HostId("")
+    ld: int = -1
+
+
 class ReadAppliance(Effect, frozen=True):
     """Bring a fresh ApplianceSnapshot. Volatile: doubt is in the appliance's record."""
 
@@ -316,5 +371,5 @@ class TellHost(Effect, frozen=True):
     tag: Tag
 
 
-DurableEffect = InitiateAdd | InitiateRelease | FenceHost
+DurableEffect = InitiateAdd | InitiateRelease | FenceHost | SetReference
 """What the outbox can hold, for its decoder."""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from tagmem.base.ids import NIL_TAG
 from tagmem.domain import attachment as attachments
-from tagmem.domain.effects import FenceHost, InitiateAdd, InitiateRelease
+from tagmem.domain import moves
+from tagmem.domain.effects import FenceHost, InitiateAdd, InitiateRelease, SetReference
 from tagmem.domain.extent import (
     InvariantViolated,
     covers,
@@ -29,6 +30,7 @@ from tagmem.domain.records import (
     CapacityRecord,
     CapacityState,
     Extent,
+    Reference,
     Sharing,
 )
 from tagmem.domain.state import State
@@ -73,8 +75,11 @@ def check_tag(state: State, tag: str) -> None:
         holders += record.state not in attachments.OVER
     if holders > 1 and capacity.sharing is Sharing.NONE:
         raise InvariantViolated(f"{tag} is on {holders} hosts and not shared")
-    if capacity.state is CapacityState.RESERVED and holders:
-        raise InvariantViolated(f"{tag} is reserved and on {holders} hosts")
+    if capacity.state in (CapacityState.RESERVED, CapacityState.RETAINED) and holders:
+        raise InvariantViolated(f"{tag} is {capacity.state.value} and on {holders} hosts")
+    if capacity.state is CapacityState.RETAINED and capacity.reference is not Reference.HELD:
+        raise InvariantViolated(f"{tag} is retained without a reference")
+    check_sharing(state, capacity)
     if capacity.state is CapacityState.ACTIVE and (capacity.leaving or not holders):
         raise InvariantViolated(f"{tag} is active, and leaving or without a host")
 
@@ -109,6 +114,9 @@ def check_pools(state: State) -> None:
 def check_outbox(state: State) -> None:
     """Each effect belongs to an attachment that still needs it, and each plan has its effect."""
     for effect in state.outbox.values():
+        if isinstance(effect, SetReference):
+            _check_reference(state, effect)
+            continue
         if not isinstance(effect, InitiateAdd | InitiateRelease | FenceHost):
             raise InvariantViolated(f"{effect} cannot be durable")
         record = state.attachment(effect.tag, effect.host)
@@ -123,6 +131,37 @@ def check_outbox(state: State) -> None:
             waits = record.state is AttachmentState.UNKNOWN
             if waits and state.effect_for(InitiateAdd, record.tag, record.host) is None:
                 raise InvariantViolated(f"{record.key} is unknown and no effect asks for it")
+
+
+def _check_reference(state: State, effect: SetReference) -> None:
+    capacity = state.capacities.get(effect.tag)
+    asked = Reference.SECURING if effect.wanted else Reference.DROPPING
+    if capacity is None or capacity.reference is not asked:
+        raise InvariantViolated(f"effect {effect.id} is for a reference that nobody asked for")
+
+
+def check_sharing(state: State, capacity: CapacityRecord) -> None:
+    """Who may write: of read-only capacity one host until it is published, and then nobody; of what
+    is handed over, the next host only when the last has let go.
+    """
+    records = state.attachments.get(capacity.tag, {}).values()
+    living = [record for record in records if record.state not in attachments.OVER]
+    writers = [record for record in living if not record.read_only]
+    if capacity.sharing is Sharing.READ_ONLY:
+        if capacity.published and writers:
+            raise InvariantViolated(f"{writers[0].key} writes what is published")
+        able = [r for r in writers if not moves.held_back(capacity, r.host)]
+        if len(able) > 1:
+            raise InvariantViolated(f"{capacity.tag} has {len(able)} writers")
+    if capacity.published is False and len(writers) < len(living):
+        raise InvariantViolated(f"{capacity.tag} is read and not published")
+    if capacity.published and capacity.sharing is not Sharing.READ_ONLY:
+        raise InvariantViolated(f"{capacity.tag} is published and not read-only")
+    move = capacity.moving
+    if move is not None and capacity.leaving:
+        raise InvariantViolated(f"{capacity.tag} moves, and goes back to the pool")
+    if capacity.reference is not Reference.NONE and capacity.sharing is Sharing.NONE:
+        raise InvariantViolated(f"{capacity.tag} has a reference and is not shared")
 
 
 def check_same(one: State, other: State) -> None:

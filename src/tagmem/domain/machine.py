@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tagmem.base.units import Nanoseconds
-from tagmem.domain import appliances, climb, effects, hosts, reconcile, requests
+from tagmem.domain import appliances, climb, effects, hosts, reconcile, requests, sharing
 from tagmem.domain import desired as wanted
 from tagmem.domain.desired import Desired
 from tagmem.domain.placement import Explanation, Request
@@ -33,6 +33,9 @@ HANDLERS: dict[type[Event], Handler] = {
     effects.CreateCapacity: requests.create,
     effects.AttachCapacity: requests.attach,
     effects.ReleaseCapacity: requests.release,
+    effects.HandOver: sharing.hand_over,
+    effects.PublishCapacity: sharing.publish,
+    effects.RetainCapacity: sharing.retain,
     effects.LaunchWorkload: hosts.launch,
     effects.StopWorkload: hosts.stop,
     effects.RefreshAppliance: appliances.refresh,
@@ -44,6 +47,7 @@ HANDLERS: dict[type[Event], Handler] = {
     effects.ReleaseStarted: appliances.release_started,
     effects.ReleaseFailed: appliances.release_failed,
     effects.FenceEnded: appliances.fence_ended,
+    effects.ReferenceSet: appliances.reference_set,
     effects.EffectUnknown: appliances.effect_unknown,
     effects.HostAnswered: appliances.host_answered,
     effects.CapacityReturned: appliances.capacity_returned,

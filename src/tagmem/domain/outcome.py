@@ -57,6 +57,12 @@ class Outcome(IntEnum):
     IDEMPOTENCY_KEY_REUSED = 58
     TAG_IS_STILL_HELD = 59
     HOST_REFUSED_OFFER = 60
+    TAG_IS_MOVING = 61
+    """It is being handed over or published."""
+    TAG_IS_NOT_PUBLISHED = 62
+    """Its writer has it alone until it is published."""
+    MOVE_FAILED = 63
+    """A hand-over or publication ended without its goal; `detail` says who has the capacity."""
 
     NOT_ENOUGH_FREE_CAPACITY = 70
     NO_CONTIGUOUS_CAPACITY = 71

@@ -15,7 +15,12 @@ from tagmem.base.units import MediaOffset
 from tagmem.domain import attachment as attachments
 from tagmem.domain.appliances import UNASKED, accepted, took_part
 from tagmem.domain.attachment import Happening
-from tagmem.domain.effects import ApplianceSnapshot, InitiateAdd, InitiateRelease
+from tagmem.domain.effects import (
+    ApplianceSnapshot,
+    InitiateAdd,
+    InitiateRelease,
+    SetReference,
+)
 from tagmem.domain.extent import ExtentSet, intersect, normal, subtract
 from tagmem.domain.records import (
     ApplianceState,
@@ -24,6 +29,7 @@ from tagmem.domain.records import (
     CapacityRecord,
     Extent,
     QuarantineRecord,
+    Reference,
     ReleasePlan,
 )
 from tagmem.domain.turn import Turn
@@ -68,8 +74,16 @@ class _Lists:
         always may.
         """
         if capacity.tagged:
-            return capacity.tag in self.listed
+            listed = self.listed.get(capacity.tag)
+            return listed is not None and not (
+                listed.accepted or listed.pending or listed.referenced
+            )
         return NIL_TAG in self.listed
+
+    def referenced(self, capacity: CapacityRecord) -> bool:
+        """Whether the fabric manager has a reference on it."""
+        listed = self.listed.get(capacity.tag)
+        return capacity.tagged and listed is not None and listed.referenced
 
 
 def snapshot(turn: Turn, event: ApplianceSnapshot) -> None:
@@ -83,6 +97,7 @@ def snapshot(turn: Turn, event: ApplianceSnapshot) -> None:
         for attachment in tuple(turn.state.attachments.get(tag, {}).values()):
             _compare(turn, lists, capacity, attachment)
         _compare_media(turn, lists, capacity)
+        _compare_reference(turn, lists, tag)
         turn.touch(tag)
     foreign = _foreign(turn, event, lists)
     _quarantine(turn, event.appliance, foreign)
@@ -157,6 +172,18 @@ def _compare_media(turn: Turn, lists: _Lists, capacity: CapacityRecord) -> None:
     for record in records:
         if record.held and (record.gone or record.state in attachments.OVER):
             turn.put_attachment(replace(record, held=()))
+
+
+def _compare_reference(turn: Turn, lists: _Lists, tag: str) -> None:
+    """Take over whether there is a reference; what is still to be asked for is asked again."""
+    capacity = turn.state.capacities[tag]
+    there = lists.referenced(capacity)
+    unclean = capacity.reference is not Reference.NONE and lists.sanitising(capacity)
+    found = Reference.HELD if there else Reference.DROPPING if unclean else Reference.NONE
+    # Whatever was on its way has not been carried out, or is seen here; settling asks anew.
+    turn.end_effect(turn.state.effect_for(SetReference, tag, ""))
+    if found is not capacity.reference:
+        turn.put_capacity(replace(capacity, reference=found))
 
 
 def _foreign(turn: Turn, event: ApplianceSnapshot, lists: _Lists) -> dict[str, QuarantineRecord]:

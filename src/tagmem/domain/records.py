@@ -102,10 +102,81 @@ class CapacityState(Enum):
     RESERVED = "reserved"
     """Extents are set aside; no host has been offered them."""
     ACTIVE = "active"
+    RETAINED = "retained"
+    """No host has it; its bytes are kept, because the fabric manager holds a reference (5606h)."""
     RELEASING = "releasing"
     SANITISING = "sanitising"
     QUARANTINED = "quarantined"
     """Not usable and not free: sanitising failed, or the appliance disagrees. A person decides."""
+
+
+RUNGS: tuple[str, ...] = ("ask", "stop", "detach", "restart", "fence", "force")
+"""The release ladder, mildest first (design rule 6)."""
+
+
+class ReleasePlan(Record, frozen=True):
+    """How far a release may climb, and how long each rung may take (nanoseconds, by rung name)."""
+
+    up_to: str = "detach"
+    deadlines_ns: dict[str, Nanoseconds] = {}
+
+
+class Reference(Enum):
+    """The fabric manager's own reference on a sharable tag (5606h), so that it outlives its hosts.
+
+    Between asking and knowing nothing may be concluded from what hosts give back: with a reference
+    the bytes stay, without one they are wiped. Only an answer or the appliance's lists decide.
+    """
+
+    NONE = "none"
+    SECURING = "securing"
+    """Asked for (5606h)."""
+    HELD = "held"
+    DROPPING = "dropping"
+    """Given up (5607h); what that led to has to be read from the appliance's lists."""
+
+
+class MoveKind(Enum):
+    """What takes a capacity from one host to others with its contents."""
+
+    HAND_OVER = "hand-over"
+    PUBLISH = "publish"
+
+
+class MoveStep(Enum):
+    """How far a move is. `domain/moves.py` has the order of each kind."""
+
+    SECURING = "securing"
+    """Until the fabric manager holds a reference nothing else begins."""
+    OFFERING = "offering"
+    """The next hosts are being offered it."""
+    ENDING = "ending"
+    """The present host is giving it back."""
+    SURFACING = "surfacing"
+    """The present host has let go; the next one makes its device."""
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Move(Record, frozen=True):
+    """An intent of several steps, kept until the next one so that its end can be read."""
+
+    kind: MoveKind
+    source: str
+    """The host that lets go; empty for retained capacity, which nobody has."""
+    targets: tuple[HostId, ...]
+    step: MoveStep
+    plan: ReleasePlan
+    """How far the release of the source may climb."""
+    began_ns: Nanoseconds
+    ended_ns: Nanoseconds = 0
+    reason: str = ""
+    """Why it failed, or who of several did not take it."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it is under way."""
+        return self.step not in (MoveStep.DONE, MoveStep.FAILED)
 
 
 class CapacityRecord(Record, frozen=True):
@@ -135,6 +206,18 @@ class CapacityRecord(Record, frozen=True):
     request_digest: str = ""
     """Of the creating request, so that a repeated PUT is told apart from a conflicting one."""
     fault: str = ""
+    retain: bool = False
+    """The owner wants it to outlive its last host."""
+    reference: Reference = Reference.NONE
+    published: bool = False
+    """Of read-only sharing: loaded and closed. Whoever has it now reads, and nobody writes."""
+    move: Move | None = None
+    """The hand-over or publication under way, or the last one."""
+
+    @property
+    def moving(self) -> Move | None:
+        """The move that is under way."""
+        return self.move if self.move is not None and self.move.active else None
 
     @property
     def guaranteed(self) -> bool:
@@ -196,17 +279,6 @@ class Holder(Record, frozen=True):
     name: str
     how: str
     """`maps` or `open`."""
-
-
-RUNGS: tuple[str, ...] = ("ask", "stop", "detach", "restart", "fence", "force")
-"""The release ladder, mildest first (design rule 6)."""
-
-
-class ReleasePlan(Record, frozen=True):
-    """How far a release may climb, and how long each rung may take (nanoseconds, by rung name)."""
-
-    up_to: str = "detach"
-    deadlines_ns: dict[str, Nanoseconds] = {}
 
 
 class AttachmentRecord(Record, frozen=True):

@@ -11,11 +11,11 @@ import re
 
 from msgspec.structs import replace
 
-from tagmem.base.ids import NIL_TAG, ApplianceId, HostId, Tag
+from tagmem.base.ids import NIL_TAG, HostId, Tag
 from tagmem.base.limits import HOSTS_PER_APPLIANCE_MAX, REGIONS_MAX
-from tagmem.base.units import SECOND
+from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.domain import attachment as attachments
-from tagmem.domain import ladder, placement
+from tagmem.domain import ladder, moves, placement
 from tagmem.domain.attachment import Happening
 from tagmem.domain.effects import AttachCapacity, CreateCapacity, InitiateAdd, ReleaseCapacity
 from tagmem.domain.outcome import Outcome, Reply
@@ -69,6 +69,7 @@ def digest_of(event: CreateCapacity) -> str:
             event.appliance,
             str(event.region),
             "contiguous" if event.contiguous else "scattered",
+            *(("retained",) if event.retain else ()),
         )
     )
 
@@ -77,10 +78,9 @@ def create(turn: Turn, event: CreateCapacity) -> Reply:
     """Set extents aside under a tag, and have them offered to the hosts."""
     state = turn.state
     digest = event.digest or digest_of(event)
-    if event.idempotency_key:
-        known = state.idempotency.get(event.idempotency_key)
-        if known is not None:
-            return _answer_again(known, digest)
+    known = answer_again(state, event.idempotency_key, digest)
+    if known is not None:
+        return known
     existing = state.capacities.get(event.tag)
     if existing is not None and existing.request_digest == digest and not existing.leaving:
         return Reply(Outcome.ALREADY_SO, event.tag)
@@ -100,8 +100,7 @@ def create(turn: Turn, event: CreateCapacity) -> Reply:
         return replace(explain(state, request).reply, subject=event.tag)
     _create(turn, event, digest, choice)
     reply = Reply(Outcome.CREATED, event.tag)
-    if event.idempotency_key:
-        _remember(turn, event.idempotency_key, digest, reply)
+    remember(turn, event.idempotency_key, digest, reply)
     return reply
 
 
@@ -155,10 +154,11 @@ def _create(turn: Turn, event: CreateCapacity, digest: str, choice: Choice) -> N
             created_ns=turn.now,
             contiguous=event.contiguous,
             request_digest=digest,
+            retain=event.retain,
         ),
     )
     for host in hosts:
-        _plan(turn, tag, host, window.appliance, window.region.index)
+        moves.plan(turn, turn.state.capacities[tag], host)
     turn.note(
         "capacity.created",
         tag,
@@ -169,29 +169,21 @@ def _create(turn: Turn, event: CreateCapacity, digest: str, choice: Choice) -> N
     )
 
 
-def _plan(turn: Turn, tag: Tag, host: HostId, appliance: ApplianceId, region: int) -> None:
-    turn.put_attachment(
-        AttachmentRecord(
-            tag,
-            host,
-            appliance,
-            turn.state.hosts[host].links[appliance],
-            region,
-            AttachmentState.PLANNED,
-            turn.revision(),
-        )
-    )
-    turn.tell(host, tag)
-
-
-def _answer_again(known: IdempotencyRecord, digest: str) -> Reply:
+def answer_again(state: State, key: str, digest: str) -> Reply | None:
+    """The answer given under an `Idempotency-Key` before; None for a new key or none."""
+    known = state.idempotency.get(key)
+    if known is None:
+        return None
     if known.digest != digest:
         detail = "this Idempotency-Key came with other parameters before"
         return Reply(Outcome.IDEMPOTENCY_KEY_REUSED, known.subject, detail, "idempotency_key")
     return Reply(Outcome(known.outcome), known.subject)
 
 
-def _remember(turn: Turn, key: str, digest: str, reply: Reply) -> None:
+def remember(turn: Turn, key: str, digest: str, reply: Reply) -> None:
+    """Keep the answer to a request that came with an `Idempotency-Key`; the oldest go first."""
+    if not key:
+        return
     kept = turn.state.idempotency
     while kept:
         oldest = next(iter(kept.values()))
@@ -236,9 +228,9 @@ def _wrong_fields(event: CreateCapacity) -> Reply | None:
         )
     if len(event.owner) > OWNER_LENGTH_MAX:
         return problem(out, "owner", f"at most {OWNER_LENGTH_MAX} characters", len(event.owner))
-    if len(event.idempotency_key) > KEY_LENGTH_MAX:
-        limit = f"at most {KEY_LENGTH_MAX} characters"
-        return problem(out, "idempotency_key", limit, len(event.idempotency_key))
+    key = wrong_key(event.idempotency_key)
+    if key is not None:
+        return key
     if event.region is not None and not 0 <= event.region < REGIONS_MAX:
         return problem(out, "region", f"between 0 and {REGIONS_MAX - 1}", event.region)
     if event.tag == NIL_TAG:
@@ -252,7 +244,18 @@ def _wrong_fields(event: CreateCapacity) -> Reply | None:
         return problem(
             Outcome.SHARING_NEEDS_A_TAG, "sharing", "none without a tag", event.sharing.value
         )
+    if event.retain and event.sharing is Sharing.NONE:
+        limit = "false without sharing, for only shared media can outlive their host"
+        return problem(Outcome.TAG_IS_NOT_SHARABLE, "retain", limit, "true")
     return None
+
+
+def wrong_key(key: str) -> Reply | None:
+    """What is wrong with an `Idempotency-Key`."""
+    if len(key) <= KEY_LENGTH_MAX:
+        return None
+    limit = f"at most {KEY_LENGTH_MAX} characters"
+    return problem(Outcome.FIELD_OUT_OF_RANGE, "idempotency_key", limit, len(key))
 
 
 def _wrong_names(state: State, hosts: tuple[str, ...], appliance: str) -> Reply | None:
@@ -291,19 +294,16 @@ def attach(turn: Turn, event: AttachCapacity) -> Reply:
     if capacity.appliance not in state.reachable((event.host,)):
         limit = f"a host that reaches {capacity.appliance}"
         return problem(Outcome.HOST_CANNOT_REACH_APPLIANCE, "host", limit, event.host, event.tag)
-    wrong = _cannot_attach(state, capacity, present)
+    wrong = _cannot_attach(state, capacity, present, event.host)
     if wrong is not None:
         return wrong
-    if present is not None:
-        turn.move(present, Happening.PLAN)
-    host = HostId(event.host)
-    _plan(turn, capacity.tag, host, capacity.appliance, capacity.region)
-    turn.note("capacity.attaching", capacity.tag, host=host)
+    moves.plan(turn, capacity, event.host)
+    turn.note("capacity.attaching", capacity.tag, host=event.host)
     return Reply(Outcome.ACCEPTED, capacity.tag)
 
 
 def _cannot_attach(
-    state: State, capacity: CapacityRecord, present: AttachmentRecord | None
+    state: State, capacity: CapacityRecord, present: AttachmentRecord | None, host: str
 ) -> Reply | None:
     tag = capacity.tag
     if capacity.leaving:
@@ -329,9 +329,13 @@ def _cannot_attach(
     if state.appliances[capacity.appliance].state is not ApplianceState.READY:
         detail = f"{capacity.appliance}: its own extent lists have to be read first"
         return refusal(Outcome.APPLIANCE_IS_IN_DOUBT, tag, detail)
-    if others and capacity.sharing is Sharing.READ_ONLY:
-        detail = "publishing read-only capacity to further hosts"
-        return refusal(Outcome.NOT_SUPPORTED, tag, detail)
+    move = capacity.moving
+    if move is not None and (moves.exclusive(capacity) or host in move.targets):
+        detail = f"a {move.kind.value} to {', '.join(move.targets)} is {move.step.value}"
+        return refusal(Outcome.TAG_IS_MOVING, tag, detail)
+    if others and capacity.sharing is Sharing.READ_ONLY and not capacity.published:
+        detail = f"{others[0].host} has it alone until it is published"
+        return refusal(Outcome.TAG_IS_NOT_PUBLISHED, tag, detail)
     return None
 
 
@@ -341,7 +345,7 @@ def _cannot_attach(
 def release(turn: Turn, event: ReleaseCapacity) -> Reply:
     """Have a host, or all, give a capacity back; from all, it then goes to the pool."""
     state = turn.state
-    wrong = _wrong_plan(event)
+    wrong = wrong_plan(event.up_to, event.deadlines_ns)
     if wrong is not None:
         return wrong
     if event.host and event.host not in state.hosts:
@@ -353,14 +357,9 @@ def release(turn: Turn, event: ReleaseCapacity) -> Reply:
     if event.host and (one is None or one.state is AttachmentState.REFUSED):
         limit = "a host that holds the tag"
         return problem(Outcome.HOST_DOES_NOT_HOLD_TAG, "host", limit, event.host, event.tag)
-    if event.if_match is not None and event.if_match != capacity.revision:
-        return problem(
-            Outcome.REVISION_DOES_NOT_MATCH,
-            "if_match",
-            f"the present revision {capacity.revision}",
-            event.if_match,
-            event.tag,
-        )
+    changed_since = unmatched(capacity, event.if_match)
+    if changed_since is not None:
+        return changed_since
     plan = ReleasePlan(event.up_to, dict(event.deadlines_ns))
     records = [one] if one else list(state.attachments.get(event.tag, {}).values())
     changed = False
@@ -403,11 +402,20 @@ def _release_one(turn: Turn, record: AttachmentRecord, plan: ReleasePlan) -> boo
     return True
 
 
-def _wrong_plan(event: ReleaseCapacity) -> Reply | None:
+def unmatched(capacity: CapacityRecord, if_match: int | None) -> Reply | None:
+    """The refusal of a request that was made for another revision."""
+    if if_match in (None, capacity.revision):
+        return None
+    limit = f"the present revision {capacity.revision}"
+    return problem(Outcome.REVISION_DOES_NOT_MATCH, "if_match", limit, if_match, capacity.tag)
+
+
+def wrong_plan(up_to: str, deadlines_ns: dict[str, Nanoseconds]) -> Reply | None:
+    """What is wrong with how far a release may go."""
     out = Outcome.FIELD_OUT_OF_RANGE
-    if event.up_to not in RUNGS:
-        return problem(out, "up_to", "one of " + ", ".join(RUNGS), event.up_to[:80])
-    for rung, deadline in event.deadlines_ns.items():
+    if up_to not in RUNGS:
+        return problem(out, "up_to", "one of " + ", ".join(RUNGS), up_to[:80])
+    for rung, deadline in deadlines_ns.items():
         if rung not in RUNGS:
             return problem(out, "deadlines_ns", "keyed by " + ", ".join(RUNGS), rung[:80])
         if not 0 <= deadline <= ladder.DEADLINE_NS_MAX:

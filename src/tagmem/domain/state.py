@@ -125,7 +125,13 @@ class State:
 
     def _window(self, record: ApplianceRecord, region: RegionRecord) -> Window:
         pool = self.pools[record.id, region.pool]
-        view = any(r.pool == region.pool and r.read_only and r.sharable for r in record.regions)
+        view = any(
+            r.pool == region.pool
+            and r.read_only
+            and r.sharable
+            and r.size_bytes >= region.size_bytes
+            for r in record.regions
+        )
         whole = region.size_bytes >= pool.free.size_bytes
         return Window(record.id, record.state, region, pool, view, whole)
 

@@ -17,7 +17,7 @@ from tagmem.base.ids import ApplianceId, HostId, Tag
 from tagmem.base.units import Nanoseconds
 from tagmem.domain import attachment as attachments
 from tagmem.domain import capacity as capacities
-from tagmem.domain import ladder
+from tagmem.domain import ladder, moves
 from tagmem.domain.attachment import Happening
 from tagmem.domain.capacity import Condition
 from tagmem.domain.effects import FenceHost, InitiateAdd, InitiateRelease, ReadAppliance, TellHost
@@ -31,6 +31,7 @@ from tagmem.domain.records import (
     CapacityRecord,
     CapacityState,
     Record,
+    Reference,
     ReleasePlan,
 )
 from tagmem.domain.state import State
@@ -217,6 +218,9 @@ def settle(turn: Turn, tag: str) -> None:
     if capacity is None:
         return
     _close(turn, tag)
+    moves.advance(turn, tag)
+    moves.keep_reference(turn, tag)
+    capacity = turn.state.capacities[tag]
     _offer(turn, capacity)
     condition = _condition(turn, capacity)
     following = capacities.TABLE[capacity.state, condition]
@@ -254,7 +258,8 @@ def _offer(turn: Turn, capacity: CapacityRecord) -> None:
     ]
     if not waiting:
         return
-    if any(record.state is AttachmentState.ATTACHED for record in records):
+    kept = capacity.reference is Reference.HELD
+    if kept or any(record.state is AttachmentState.ATTACHED for record in records):
         for record in waiting:
             _add(turn, capacity, record, shared=True)
     elif not any(
@@ -285,15 +290,18 @@ def _add(turn: Turn, capacity: CapacityRecord, record: AttachmentRecord, *, shar
 def _condition(turn: Turn, capacity: CapacityRecord) -> Condition:
     records = turn.state.attachments.get(capacity.tag, {}).values()
     living = [record for record in records if record.state not in attachments.OVER]
+    kept = capacity.reference is Reference.HELD and not capacity.leaving
     if living:
         # A fence alone gives nothing back: the appliance still lists the host as holder.
-        if all(r.state in attachments.LEAVING and r.proved for r in living):
+        if all(r.state in attachments.LEAVING and r.proved for r in living) and not kept:
             return _unclean(turn, capacity)
         if capacity.leaving or all(r.state in attachments.LEAVING for r in living):
             return Condition.LEAVING
         return Condition.IN_USE
     if any(record.held for record in records):
         return _unclean(turn, capacity)
+    if capacity.reference is not Reference.NONE:
+        return Condition.KEPT if kept else _unclean(turn, capacity)
     if not capacity.leaving:
         return Condition.IDLE
     ready = turn.state.appliances[capacity.appliance].state is ApplianceState.READY
@@ -317,7 +325,11 @@ def _keep(turn: Turn, capacity: CapacityRecord, following: CapacityState) -> Non
             settings["fault"] = "the appliance has not said in time that the media is clean"
             turn.note("capacity.quarantined", capacity.tag, reason=settings["fault"])
             turn.read_appliance(capacity.appliance)
+        elif following is CapacityState.RETAINED:
+            turn.note("capacity.kept", capacity.tag)
         elif following is CapacityState.RESERVED:
+            # The media are clean: what was published is no more, and may be loaded anew.
+            settings["published"] = False
             turn.note("capacity.reserved", capacity.tag)
     if settings or turn.has_changed(capacity.tag):
         turn.put_capacity(replace(capacity, **settings))
@@ -329,5 +341,6 @@ def _free(turn: Turn, capacity: CapacityRecord) -> None:
         for kind in (FenceHost, InitiateRelease, InitiateAdd):
             turn.end_effect(turn.state.effect_for(kind, tag, record.host))
         turn.put("attachment", record.key, None)
+    moves.forget(turn, tag)
     turn.put("capacity", tag, None)
     turn.note("capacity.released", tag, size_bytes=capacity.size_bytes)

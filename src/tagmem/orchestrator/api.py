@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -21,10 +21,13 @@ from tagmem.base.limits import LIST_PAGE_MAX
 from tagmem.base.units import Nanoseconds
 from tagmem.domain.effects import (
     AttachCapacity,
+    HandOver,
     LaunchWorkload,
+    PublishCapacity,
     RefreshAppliance,
     RegisterAppliance,
     RegisterHost,
+    RetainCapacity,
     StopWorkload,
 )
 from tagmem.domain.outcome import Outcome, Reply
@@ -34,10 +37,13 @@ from tagmem.domain.records import (
     AttachmentState,
     CapacityRecord,
     CapacityState,
+    MoveStep,
+    Reference,
 )
 from tagmem.engine import Engine
 from tagmem.orchestrator import documents
-from tagmem.orchestrator.asgi import Headers, Request, Response, Stream, name_of
+from tagmem.orchestrator.answers import allowed, applied, location, ok, revision, unmatched
+from tagmem.orchestrator.asgi import Request, Response, Stream, name_of
 from tagmem.orchestrator.config import parse_address
 from tagmem.orchestrator.documents import View
 from tagmem.orchestrator.inputs import (
@@ -45,6 +51,7 @@ from tagmem.orchestrator.inputs import (
     idempotency_key,
     integer,
     release_event,
+    with_plan,
 )
 from tagmem.orchestrator.metrics import Metrics
 from tagmem.orchestrator.problems import Refused, refuse_field
@@ -64,6 +71,8 @@ _LEAVING = frozenset({AttachmentState.RELEASING, AttachmentState.FENCING, Attach
 
 encode = msgspec.json.Encoder().encode
 _capacity_request = msgspec.json.Decoder(rest.CapacityRequest)
+_hand_over_request = msgspec.json.Decoder(rest.HandOverRequest)
+_publish_request = msgspec.json.Decoder(rest.PublishRequest)
 _attachment_request = msgspec.json.Decoder(rest.AttachmentRequest)
 _workload_request = msgspec.json.Decoder(rest.WorkloadRequest)
 _appliance_request = msgspec.json.Decoder(rest.ApplianceRequest)
@@ -165,8 +174,8 @@ class Api:
         held = self._capacity(tag)
         document = show(held)
         if request.seen(held.revision):
-            return Response(304, b"", _revision(held))
-        return Response(200, encode(document), _revision(held))
+            return Response(304, b"", revision(held))
+        return Response(200, encode(document), revision(held))
 
     async def create_capacity(self, request: Request) -> Response:
         return await self._create(request, Tag(str(uuid4())), await self._wanted(request))
@@ -182,12 +191,12 @@ class Api:
         held = self._view.capacities.get(tag)
         if held is not None and request.seen(held.revision):
             limit = f'not "{held.revision}"'
-            _unmatched(tag, "If-None-Match", limit, request.header(b"if-none-match"))
+            unmatched(tag, "If-None-Match", limit, request.header(b"if-none-match"))
         if held is not None:
-            _allowed(request, held)
+            allowed(request, held)
         elif request.header(b"if-match"):
             limit = "absent, for there is no such capacity"
-            _unmatched(tag, "If-Match", limit, request.header(b"if-match"))
+            unmatched(tag, "If-Match", limit, request.header(b"if-match"))
 
     async def _wanted(self, request: Request) -> rest.CapacityRequest:
         return await request.decode(_capacity_request)
@@ -223,6 +232,61 @@ class Api:
                 raise Refused(Reply(Outcome.TAG_IS_QUARANTINED, tag, held.fault))
             return None
 
+        return await self._change(request, event, tag, judge)
+
+    # ---- hand-over, publication, reference
+
+    async def hand_over(self, request: Request) -> Response:
+        tag = request.tag()
+        wanted = await request.decode(_hand_over_request)
+        source, target = name_of(wanted.source, "from"), name_of(wanted.target, "to")
+        match = await self._match(request, tag)
+        key = idempotency_key(request)
+        event = HandOver(tag, source, target, if_match=match, idempotency_key=key)
+        event = with_plan(event, request, self._deadlines_ns)
+        return await self._change(request, event, tag, lambda: self._moved(tag, (target,)))
+
+    async def publish(self, request: Request) -> Response:
+        tag = request.tag()
+        wanted = await request.decode(_publish_request)
+        hosts = tuple(name_of(host, "to") for host in wanted.to)
+        match = await self._match(request, tag)
+        key = idempotency_key(request)
+        event = PublishCapacity(tag, hosts, if_match=match, idempotency_key=key)
+        event = with_plan(event, request, self._deadlines_ns)
+        return await self._change(request, event, tag, lambda: self._moved(tag, hosts))
+
+    def _moved(self, tag: Tag, hosts: tuple[str, ...]) -> Response | None:
+        """The answer once the move is over. Raises Refused when it failed, or a host refused."""
+        held = self._capacity(tag)
+        move = held.move
+        if move is not None and move.active:
+            return None
+        if move is not None and move.step is MoveStep.FAILED:
+            having = [a.host for a in self._view.attachments_of(tag) if a.state not in _OVER]
+            where = f"{', '.join(having)} has it" if having else f"it is {held.state.value}"
+            detail = f"{move.kind.value} failed: {move.reason}; {where}"
+            raise Refused(Reply(Outcome.MOVE_FAILED, tag, detail))
+        return self._ready(tag, hosts)
+
+    async def retain_capacity(self, request: Request) -> Response:
+        return await self._retain(request, retain=True)
+
+    async def unretain_capacity(self, request: Request) -> Response:
+        return await self._retain(request, retain=False)
+
+    async def _retain(self, request: Request, *, retain: bool) -> Response:
+        tag = request.tag()
+        match = await self._match(request, tag)
+
+        def judge() -> Response | None:
+            held = self._capacity(tag)
+            # Before a host has it there is nothing to refer to yet.
+            waits = retain and held.retain and held.state is not CapacityState.RESERVED
+            wanted = Reference.HELD if waits else Reference.NONE
+            return self._document(200, held) if held.reference is wanted else None
+
+        event = RetainCapacity(tag, retain, match)
         return await self._change(request, event, tag, judge)
 
     # ---- attachments and workloads
@@ -336,13 +400,13 @@ class Api:
             return first
         answer = await self._held(about, waiting, seconds)
         if answer is not None:
-            headers = (*answer.headers, _applied(seconds))
+            headers = (*answer.headers, applied(seconds))
             if first.status == 201:
                 # Held or not, what was made is answered as made: the status and its Location.
-                return answer._replace(status=201, headers=(*headers, _location(about)))
+                return answer._replace(status=201, headers=(*headers, location(about)))
             return answer._replace(headers=headers)
         late = await self._engine.read(lambda: self._late(about))
-        return late._replace(headers=(*late.headers, _applied(seconds)))
+        return late._replace(headers=(*late.headers, applied(seconds)))
 
     async def _held(
         self, about: str, waiting: asyncio.Future[Response], seconds: float
@@ -393,12 +457,12 @@ class Api:
         """
         if request.if_match() is None:
             return None
-        return await self._engine.read(lambda: _allowed(request, self._capacity(tag)))
+        return await self._engine.read(lambda: allowed(request, self._capacity(tag)))
 
     def _document(self, status: int, held: CapacityRecord) -> Response:
-        headers = _revision(held)
+        headers = revision(held)
         if status == 201:
-            headers = (*headers, _location(held.tag))
+            headers = (*headers, location(held.tag))
         return Response(status, encode(documents.capacity(self._view, held)), headers)
 
     def _capacity(self, tag: str) -> CapacityRecord:
@@ -466,7 +530,7 @@ class Api:
         name = request.name(0, "appliance")
         answer: Response = await self._engine.submit(
             RefreshAppliance(name),
-            lambda reply: self._appliance(name, _ok(reply).facts.http_status),
+            lambda reply: self._appliance(name, ok(reply).facts.http_status),
         )
         return answer
 
@@ -521,7 +585,7 @@ class Api:
 
         def render(reply: Reply) -> asyncio.Future[Response] | None:
             nonlocal first
-            first = show(_ok(reply).facts.http_status)
+            first = show(ok(reply).facts.http_status)
             if not seconds or judge() is not None:
                 return None
             return self._waiters.add(subject, judge)
@@ -531,9 +595,9 @@ class Api:
             return first
         answer = await self._held(subject, waiting, seconds)
         if answer is not None:
-            return answer._replace(status=first.status, headers=(_applied(seconds),))
+            return answer._replace(status=first.status, headers=(applied(seconds),))
         late = await self._engine.read(lambda: show(202))
-        return late._replace(headers=(_applied(seconds),))
+        return late._replace(headers=(applied(seconds),))
 
     def _host(self, name: str, status: int) -> Response:
         record = self._view.hosts.get(name)
@@ -629,35 +693,3 @@ class Api:
 
         request.query()
         return Response(200, encode(document(self._version)))
-
-
-def _revision(held: CapacityRecord) -> Headers:
-    return ((b"etag", b'"%d"' % held.revision),)
-
-
-def _location(tag: str) -> tuple[bytes, bytes]:
-    return (b"location", b"/v1/capacities/" + tag.encode())
-
-
-def _applied(seconds: float) -> tuple[bytes, bytes]:
-    return (b"preference-applied", b"wait=%g" % seconds)
-
-
-def _ok(reply: Reply) -> Outcome:
-    if not reply.outcome.ok:
-        raise Refused(reply)
-    return reply.outcome
-
-
-def _allowed(request: Request, held: CapacityRecord) -> int:
-    """The present revision. Raises Refused where `If-Match` does not allow it."""
-    allowed = request.if_match()
-    if allowed is not None and held.revision not in allowed:
-        _unmatched(held.tag, "If-Match", f'"{held.revision}"', request.header(b"if-match"))
-    return held.revision
-
-
-def _unmatched(tag: Tag, field: str, limit: str, value: str) -> NoReturn:
-    raise Refused(
-        Reply(Outcome.REVISION_DOES_NOT_MATCH, tag, field=field, limit=limit, value=value)
-    )

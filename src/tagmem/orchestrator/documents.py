@@ -21,6 +21,7 @@ from tagmem.domain.records import (
     CapacityState,
     Extent,
     HostRecord,
+    Move,
     QuarantineRecord,
     RegionRecord,
 )
@@ -35,6 +36,7 @@ from tagmem.wire.rest import (
     HolderDocument,
     HostDocument,
     MapPiece,
+    MoveDocument,
     PoolMapDocument,
     QuarantineDocument,
     RegionDocument,
@@ -110,6 +112,23 @@ def capacity(view: View, record: CapacityRecord) -> CapacityDocument:
         created_ns=record.created_ns,
         revision=record.revision,
         fault=record.fault,
+        retain=record.retain,
+        reference=record.reference.value,
+        published=record.published,
+        move=None if record.move is None else move(record.move),
+    )
+
+
+def move(record: Move) -> MoveDocument:
+    """A hand-over or publication."""
+    return MoveDocument(
+        record.kind.value,
+        record.source,
+        record.targets,
+        record.step.value,
+        record.reason,
+        record.began_ns,
+        record.ended_ns,
     )
 
 

@@ -20,9 +20,7 @@ from tagmem.domain.effects import (
     ApplianceDisconnected,
     ApplianceSnapshot,
     ConnectAppliance,
-    FenceHost,
-    InitiateAdd,
-    InitiateRelease,
+    DurableEffect,
     ReadAppliance,
 )
 from tagmem.domain.records import ApplianceRecord
@@ -74,7 +72,7 @@ class Links:
         """Carry out one effect without waiting; its result is posted as an event."""
         if isinstance(effect, ConnectAppliance):
             self._open(effect.appliance, effect.address)
-        elif isinstance(effect, InitiateAdd | InitiateRelease | FenceHost | ReadAppliance):
+        elif isinstance(effect, DurableEffect | ReadAppliance):
             port = self._ports.get(effect.appliance)
             if port is None:
                 # Cannot be while the books are right: an appliance is registered before it is used.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import msgspec
 
 from tagmem.base.ids import Tag
 from tagmem.base.units import Nanoseconds
-from tagmem.domain.effects import CreateCapacity, ReleaseCapacity
+from tagmem.domain.effects import CreateCapacity, HandOver, PublishCapacity, ReleaseCapacity
 from tagmem.domain.records import RUNGS, Sharing
 from tagmem.orchestrator.asgi import Request
 from tagmem.orchestrator.problems import refuse_field
@@ -34,6 +35,7 @@ def create_event(tag: Tag, wanted: rest.CapacityRequest, key: str) -> CreateCapa
         appliance=wanted.appliance,
         region=wanted.region,
         contiguous=wanted.contiguous,
+        retain=wanted.retain,
         digest=hashlib.sha256(encode(wanted)).hexdigest()[:32],
         idempotency_key=key,
     )
@@ -47,19 +49,24 @@ def release_event(
     revision: int | None,
 ) -> ReleaseCapacity:
     """What a DELETE asks. Raises Refused for an unknown rung, deadline or revision."""
+    return with_plan(ReleaseCapacity(tag, host, if_match=revision), request, defaults)
+
+
+PlannedT = TypeVar("PlannedT", ReleaseCapacity, HandOver, PublishCapacity)
+
+
+def with_plan(event: PlannedT, request: Request, defaults: Mapping[str, Nanoseconds]) -> PlannedT:
+    """How far the release in an event may go, from the query. Raises Refused."""
     query = request.query(*(each.name for each in RELEASE_QUERY))
     deadlines = dict(defaults)
     for rung in RUNGS:
         text = query.get(f"{rung}_seconds")
         if text is not None:
             deadlines[rung] = nanoseconds(f"{rung}_seconds", text)
-    event = ReleaseCapacity(tag, host, deadlines_ns=deadlines, if_match=revision)
-    up_to = query.get("up_to")
-    if up_to is None:
-        return event
+    up_to = query.get("up_to", event.up_to)
     if up_to not in RUNGS:
         raise refuse_field("up_to", "one of " + ", ".join(RUNGS), up_to)
-    return msgspec.structs.replace(event, up_to=up_to)
+    return msgspec.structs.replace(event, up_to=up_to, deadlines_ns=deadlines)
 
 
 def nanoseconds(field: str, text: str) -> Nanoseconds:

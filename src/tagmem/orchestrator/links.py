@@ -44,8 +44,10 @@ from tagmem.domain.effects import (
     HostAnswered,
     InitiateAdd,
     ReadAppliance,
+    ReferenceSet,
     ReleaseFailed,
     ReleaseStarted,
+    SetReference,
 )
 from tagmem.domain.records import Extent
 from tagmem.orchestrator.pending import Job, Pending, State
@@ -582,10 +584,11 @@ class FmLink:
                 self._finish(job, ReturnCode.INVALID_INPUT)
                 return
         request = job.requests[0]
-        if isinstance(request, InitiateDcAddRequest) and request.extents:
+        effect = job.effect
+        if isinstance(effect, InitiateAdd) and isinstance(request, InitiateDcAddRequest):
             # A refusal tells the place alone; for untagged capacity that has to be found again.
-            place = (job.effect.ld, request.extents[0].start_dpa)
-            self._offered[place] = job.effect.extents[0]
+            for extent in request.extents[:1]:
+                self._offered[effect.ld, extent.start_dpa] = effect.extents[0]
         job.state = State.SENT
         self._pending.sent += 1
         self._ask(request, self._on_effect(job), now)
@@ -619,6 +622,8 @@ def _whole_groups(records: Sequence[EventRecord]) -> int:
 
 def _outcome(effect: DurableEffect, code: int) -> Event:
     """The event that says what a command was answered with."""
+    if isinstance(effect, SetReference):
+        return ReferenceSet(effect.id, effect.tag, effect.wanted, code)
     id_, tag, host = effect.id, effect.tag, effect.host
     ok = code == ReturnCode.SUCCESS
     if isinstance(effect, InitiateAdd):

@@ -17,7 +17,7 @@ NAME_SCHEMA: dict[str, Any] = {
     "type": "string",
     "pattern": r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$",
 }
-_STATES = ("reserved", "active", "releasing", "sanitising", "quarantined")
+_STATES = ("reserved", "active", "retained", "releasing", "sanitising", "quarantined")
 
 EVENTS_PAGE = 1_000
 CAPACITIES_PAGE = 1_000
@@ -120,6 +120,53 @@ ROUTES: tuple[Route, ...] = (
         "Give a capacity back, from all its hosts and then to its pool.",
         {202: _HELD, 204: None} | dict.fromkeys((404, 409, 412, 422, 503), _PROBLEM),
         query=RELEASE_QUERY,
+        waits=True,
+        matches=True,
+        revised=True,
+    ),
+    Route(
+        "POST",
+        _CAPACITY + "/hand-over",
+        "hand_over",
+        "Have the next host take a shared capacity with its contents, and then the present one let "
+        "go of it. No byte is copied or wiped.",
+        _change(200, 400, 404, 412, 413, 415),
+        body=rest.HandOverRequest,
+        query=RELEASE_QUERY,
+        waits=True,
+        matches=True,
+        revised=True,
+        keyed=True,
+    ),
+    Route(
+        "POST",
+        _CAPACITY + "/publish",
+        "publish",
+        "End the writing of read-only capacity, and let the named hosts and its writer read it.",
+        _change(200, 400, 404, 412, 413, 415),
+        body=rest.PublishRequest,
+        query=RELEASE_QUERY,
+        waits=True,
+        matches=True,
+        revised=True,
+        keyed=True,
+    ),
+    Route(
+        "PUT",
+        _CAPACITY + "/reference",
+        "retain_capacity",
+        "Have a shared capacity outlive its last host.",
+        _change(200, 404, 412),
+        waits=True,
+        matches=True,
+        revised=True,
+    ),
+    Route(
+        "DELETE",
+        _CAPACITY + "/reference",
+        "unretain_capacity",
+        "Let a shared capacity go with its last host again; what no host has is wiped now.",
+        _change(200, 404, 412, gone=True),
         waits=True,
         matches=True,
         revised=True,

@@ -11,10 +11,20 @@ from collections.abc import Iterable, Sequence
 from tagmem.base.ids import Tag, tag_from_bytes, tag_to_bytes
 from tagmem.base.units import Dpa, MediaOffset
 from tagmem.domain.dpa import from_dpa, region_at, to_dpa
-from tagmem.domain.effects import FenceHost, HeldExtent, InitiateAdd, InitiateRelease, ListedTag
+from tagmem.domain.effects import (
+    DurableEffect,
+    FenceHost,
+    HeldExtent,
+    InitiateAdd,
+    InitiateRelease,
+    ListedTag,
+    SetReference,
+)
 from tagmem.domain.records import Extent, LdRecord, RegionRecord
 from tagmem.wire.extent import NIL_TAG_BYTES, WireExtent
 from tagmem.wire.fmapi import (
+    DcAddReferenceRequest,
+    DcRemoveReferenceRequest,
     DcTagInfo,
     GetDcdInfoResponse,
     GetHostDcRegionConfigurationResponse,
@@ -134,8 +144,16 @@ class ApplianceMap:
             for wire in extents
         )
 
-    def requests(self, effect: InitiateAdd | InitiateRelease | FenceHost) -> Sequence[WireStruct]:
+    @staticmethod
+    def reference(effect: SetReference) -> WireStruct:
+        """5606h or 5607h."""
+        tag = tag_to_bytes(effect.tag)
+        return DcAddReferenceRequest(tag) if effect.wanted else DcRemoveReferenceRequest(tag)
+
+    def requests(self, effect: DurableEffect) -> Sequence[WireStruct]:
         """The commands that carry an effect out, in order. Raises Untranslatable."""
+        if isinstance(effect, SetReference):
+            return (self.reference(effect),)
         if isinstance(effect, InitiateAdd):
             return (self.add(effect),)
         if isinstance(effect, InitiateRelease):

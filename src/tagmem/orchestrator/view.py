@@ -122,6 +122,7 @@ class MachineView:
             deadlines_ns=wanted.deadlines_ns,
             kill_holders=wanted.kill_holders,
             shared=wanted.shared,
+            held_back=wanted.held_back,
         )
 
 

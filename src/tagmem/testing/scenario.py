@@ -27,7 +27,7 @@ from tagmem.base.ids import NIL_TAG, Tag
 from tagmem.base.units import MIB, SECOND, Bytes, Nanoseconds, format_size, parse_size
 from tagmem.cli.extents import draw
 from tagmem.domain import effects
-from tagmem.domain.device_records import AllocState, DeviceSpec, LdSpec, RegionSpec
+from tagmem.domain.device_records import AllocState, DeviceSpec, HeadReset, LdSpec, RegionSpec
 from tagmem.domain.invariants import DeviceExtent
 from tagmem.domain.outcome import Reply
 from tagmem.domain.records import Sharing
@@ -136,7 +136,7 @@ class Scenario:
         self._rogue: Rogue | None = None
         self._launches = 0
         self._verbs: dict[str, Callable[[list[str]], None]] = {
-            name.removeprefix("do_"): getattr(self, name)
+            name.removeprefix("do_").replace("_", "-"): getattr(self, name)
             for name in dir(self)
             if name.startswith("do_")
         }
@@ -199,13 +199,13 @@ class Scenario:
 
     def do_pod(self, words: list[str]) -> None:
         """`pod hosts w1 w2 [foreign x] [blocks 16] [mirrored w2] [sharable] [hardware-coherent]
-        [read-only] [devices w1 0]`: one appliance a0, registered; agents on the hosts, none on the
-        foreign ones; w1 takes at most 0 devices.
+        [read-only] [view] [devices w1 0]`: one appliance a0, registered; agents on the hosts, none
+        on the foreign ones; a view of the region for readers; w1 takes at most 0 devices.
         """
         options = _options(
             words,
             ("hosts", "foreign", "blocks", "mirrored", "devices"),
-            ("sharable", "hardware-coherent", "read-only"),
+            ("sharable", "hardware-coherent", "read-only", "view"),
         )
         hosts, foreign = options.get("hosts", ["w1"]), options.get("foreign", [])
         mirrored, devices = options.get("mirrored", []), options.get("devices", [])
@@ -220,7 +220,11 @@ class Scenario:
         )
         lds = tuple(LdSpec(name, mirrored=name in mirrored) for name in (*hosts, *foreign))
         limits = {devices[0]: Limits(devices_max=int(devices[1]))} if devices else {}
-        pod = self._pod = ScenarioPod(self.stage, DeviceSpec((region,), lds), hosts, limits)
+        regions: tuple[RegionSpec, ...] = (region,)
+        if "view" in options:
+            size = region.size_bytes
+            regions = (region, RegionSpec(0, size, BLOCK_BYTES, sharable=True, read_only=True))
+        pod = self._pod = ScenarioPod(self.stage, DeviceSpec(regions, lds), hosts, limits)
         self._rogue = Rogue(self.stage, "stranger", pod.appliance, pod.listen)
         pod.appliance.start()
         pod.orchestrator.start()
@@ -244,8 +248,10 @@ class Scenario:
             self._ask(effects.RegisterHost(words[1], {words[3]: int(words[5])}))
 
     def do_create(self, words: list[str]) -> None:
-        """`create A 8MiB [for w1 w2] [sharing hardware-coherent] [scatter] [untagged]`."""
-        options = _options(words[2:], ("for", "sharing"), ("scatter", "untagged"))
+        """`create A 8MiB [for w1 w2] [sharing hardware-coherent] [scatter] [untagged]
+        [retain]`.
+        """
+        options = _options(words[2:], ("for", "sharing"), ("scatter", "untagged", "retain"))
         event = effects.CreateCapacity(
             NIL_TAG if words[0] == "nil" else tag_of(words[0]),
             _size(words[1]),
@@ -253,12 +259,35 @@ class Scenario:
             tagged="untagged" not in options,
             sharing=Sharing(options.get("sharing", ["none"])[0]),
             contiguous="scatter" not in options,
+            retain="retain" in options,
         )
         self._ask(event)
 
     def do_attach(self, words: list[str]) -> None:
         """`attach A w2`."""
         self._ask(effects.AttachCapacity(tag_of(words[0]), words[1]))
+
+    def do_hand_over(self, words: list[str]) -> None:
+        """`hand-over A from w1 to w2 [up-to stop]`."""
+        options = _options(words[1:], ("from", "to", "up-to"), ())
+        up_to = options.get("up-to", ["detach"])[0]
+        source, target = options["from"][0], options["to"][0]
+        self._ask(effects.HandOver(tag_of(words[0]), source, target, up_to=up_to))
+
+    def do_publish(self, words: list[str]) -> None:
+        """`publish A to w2 w3 [up-to stop]`."""
+        options = _options(words[1:], ("to", "up-to"), ())
+        up_to = options.get("up-to", ["detach"])[0]
+        self._ask(effects.PublishCapacity(tag_of(words[0]), tuple(options["to"]), up_to=up_to))
+
+    def do_retain(self, words: list[str]) -> None:
+        """`retain A [off]`: it outlives its last host, or no longer."""
+        self._ask(effects.RetainCapacity(tag_of(words[0]), "off" not in words))
+
+    def do_reset(self, words: list[str]) -> None:
+        """`reset head of w1`: a conventional reset; no host is told by an event."""
+        self.pod.appliance.post(HeadReset(self._ld(words[2])))
+        self._advance()
 
     def do_release(self, words: list[str]) -> None:
         """`release A [from w1] [up-to force]`."""
@@ -442,12 +471,20 @@ def _capacity(document: CapacityDocument) -> Iterator[str]:
     if document.fault:
         words.append(f"({document.fault})")
     if document.sharing != "none":
-        words.append(f"shared {document.sharing}")
+        words.append(f"shared {document.sharing}{', published' if document.published else ''}")
+    if document.retain or document.reference != "none":
+        words.append(f"reference {document.reference}")
     if not document.guaranteed:
         words.append("not guaranteed")
     yield f"{document.tag} {format_size(document.size_bytes)} {' '.join(words)} [{pieces}]"
+    if document.move is not None:
+        move = document.move
+        parts = [f"{move.kind} {move.source} to {', '.join(move.targets)}", move.step, move.reason]
+        yield "  " + ": ".join(part for part in parts if part)
     for held in document.attachments:
         parts = [held.state]
+        if held.read_only:
+            parts.append("read-only")
         if held.ready:
             parts.append(f"ready as {held.dax_path}" if held.dax_path else "ready")
         if held.rung:

@@ -12,7 +12,12 @@ from tagmem.base.ids import NIL_TAG, tag_from_bytes
 from tagmem.testing.nodes import Connection
 from tagmem.wire.cci import Category, CciMessage, Opcode, return_code_name
 from tagmem.wire.commands import COMMANDS, decode_request
-from tagmem.wire.fmapi import InitiateDcAddRequest, InitiateDcReleaseRequest
+from tagmem.wire.fmapi import (
+    DcAddReferenceRequest,
+    DcRemoveReferenceRequest,
+    InitiateDcAddRequest,
+    InitiateDcReleaseRequest,
+)
 from tagmem.wire.mctp import DEVICE_EID, FM_EID, MctpMessage, MctpStream
 from tagmem.wire.memdev import AddDcResponseRequest, ReleaseDcRequest
 from tagmem.wire.vendor import FenceRequest
@@ -24,6 +29,8 @@ TELLING = frozenset(
         Opcode.ADD_DC_RESPONSE,
         Opcode.RELEASE_DC,
         Opcode.FENCE,
+        Opcode.DC_ADD_REFERENCE,
+        Opcode.DC_REMOVE_REFERENCE,
     }
 )
 
@@ -109,6 +116,8 @@ def _about(request: object) -> str:
     if isinstance(request, InitiateDcReleaseRequest):
         forced = ", forced" if request.forced else ""
         return f": {_tag(request.tag)} from LD {request.host_id}{forced}"
+    if isinstance(request, DcAddReferenceRequest | DcRemoveReferenceRequest):
+        return f": {_tag(request.tag)}"
     if isinstance(request, FenceRequest):
         return f": {_tag(request.tag)} from LD {request.ld}"
     return ""

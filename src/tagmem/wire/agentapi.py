@@ -93,6 +93,9 @@ class Desired(Message, frozen=True):
     shared: bool = False
     """Other hosts have the tag too. On emulated hosts their processes map the same file, and must
     not be taken for this host's."""
+    held_back: bool = False
+    """Accept it and surface nothing yet: another host still writes it. A later revision says
+    when."""
 
 
 class SyncDone(Message, frozen=True):

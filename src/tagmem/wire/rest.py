@@ -39,6 +39,21 @@ class CapacityRequest(Body, frozen=True):
     appliance: Name = ""
     region: Annotated[int, Meta(ge=0, le=255)] | None = None
     contiguous: bool = True
+    retain: bool = False
+    """Of shared capacity: it outlives its last host."""
+
+
+class HandOverRequest(Body, frozen=True):
+    """POST /v1/capacities/{tag}/hand-over."""
+
+    source: Name = msgspec.field(name="from")
+    target: Name = msgspec.field(name="to")
+
+
+class PublishRequest(Body, frozen=True):
+    """POST /v1/capacities/{tag}/publish: who is to read, beside the host that wrote."""
+
+    to: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=HOSTS_PER_APPLIANCE_MAX)]
 
 
 class AttachmentRequest(Body, frozen=True):
@@ -105,6 +120,22 @@ class AttachmentDocument(Document, frozen=True):
     """(DPA, length) of each extent in this host's view, in sequence order."""
 
 
+class MoveDocument(Document, frozen=True):
+    """A hand-over or publication, under way or ended.
+
+    `kind` is `hand-over` or `publish`, `step` is `securing`, `offering`, `ending`, `surfacing`,
+    `done` or `failed`.
+    """
+
+    kind: str
+    source: str = msgspec.field(name="from")
+    targets: tuple[str, ...] = msgspec.field(name="to")
+    step: str
+    reason: str
+    began_ns: int
+    ended_ns: int
+
+
 class CapacityDocument(Document, frozen=True):
     tag: str
     size_bytes: int
@@ -120,6 +151,13 @@ class CapacityDocument(Document, frozen=True):
     created_ns: int
     revision: int
     fault: str
+    retain: bool = False
+    """It is to outlive its last host."""
+    reference: str = "none"
+    """The fabric manager's reference on it: `none`, `securing`, `held` or `dropping`."""
+    published: bool = False
+    move: MoveDocument | None = None
+    """The hand-over or publication under way, or the last one."""
 
 
 class RegionDocument(Document, frozen=True):
