@@ -129,7 +129,7 @@ class Capacity:
         """Where the mapping lies in this process; a multiple of 2 MiB when the capacity is that
         large.
         """
-        return _address(self._map)
+        return address_of(self._map)
 
     # ---- its bytes
 
@@ -271,7 +271,7 @@ def _map(fd: int, device: Device, *, writable: bool) -> mmap.mmap:
         if device.pieces == ((0, size),):
             direct = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=prot)
             # hugetlbfs and device-DAX align by themselves; so do files with huge pages.
-            if size < HUGE_BYTES or _address(direct) % HUGE_BYTES == 0:
+            if size < HUGE_BYTES or address_of(direct) % HUGE_BYTES == 0:
                 return direct
             try:
                 aligned = _reserve(size, prot)
@@ -295,7 +295,7 @@ def _overlay(reserved: mmap.mmap, fd: int, pieces: tuple[tuple[int, int], ...], 
     """Map the media over a reserved range, piece after piece. On failure the range is given up
     whole.
     """
-    at = _address(reserved)
+    at = address_of(reserved)
     media_size = os.fstat(fd).st_size
     try:
         for offset, length in pieces:
@@ -317,7 +317,7 @@ def _reserve(size: int, prot: int) -> mmap.mmap:
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     taken = mmap.mmap(-1, size, flags=flags, prot=prot)
-    if _address(taken) % HUGE_BYTES == 0 or size < HUGE_BYTES:
+    if address_of(taken) % HUGE_BYTES == 0 or size < HUGE_BYTES:
         return taken
     span = size + HUGE_BYTES
     base = _libc_mmap(0, span, 0, flags, -1, 0)
@@ -327,7 +327,7 @@ def _reserve(size: int, prot: int) -> mmap.mmap:
     try:
         for _ in range(_RESERVE_TRIES_MAX):
             taken = mmap.mmap(-1, size, flags=flags, prot=prot)
-            if _address(taken) % HUGE_BYTES == 0:
+            if address_of(taken) % HUGE_BYTES == 0:
                 return taken
             fillers.append(taken)
         return fillers.pop()
@@ -383,8 +383,8 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def _address(mapping: mmap.mmap) -> int:
-    """Where a mapping lies; works for read-only ones too, which `from_buffer` does not."""
+def address_of(mapping: mmap.mmap | bytearray | memoryview) -> int:
+    """Where a buffer lies; works for read-only ones too, which `from_buffer` does not."""
     buffer = _Buffer()
     _get_buffer(mapping, ctypes.byref(buffer), 0)
     try:

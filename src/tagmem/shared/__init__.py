@@ -11,11 +11,13 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "HardwareCoherent": ("tagmem.shared.coherence", "HardwareCoherent"),
     "Initialising": ("tagmem.shared.catalogue", "Initialising"),
     "MappedMemory": ("tagmem.shared.memory", "MappedMemory"),
+    "NoLines": ("tagmem.shared.lines", "NoLines"),
     "NoCatalogue": ("tagmem.shared.catalogue", "NoCatalogue"),
     "OtherVersion": ("tagmem.shared.catalogue", "OtherVersion"),
     "Overtaken": ("tagmem.shared.catalogue", "Overtaken"),
     "Reinitialised": ("tagmem.shared.catalogue", "Reinitialised"),
     "SoftwareCoherent": ("tagmem.shared.coherence", "SoftwareCoherent"),
+    "cpu_lines": ("tagmem.shared.lines", "cpu_lines"),
 }
 
 
