@@ -15,7 +15,6 @@ host's caches know nothing of another host's stores):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from tagmem.base.errors import InvalidInput
@@ -148,6 +147,10 @@ class Caches:
             cache.lines.pop(line, None)
         self._stir(offset)
 
+    def reset(self, host: int) -> None:
+        """The host lost its power, and its cache with it."""
+        self._hosts[host] = _Host()
+
     # ---- what caches do by themselves
 
     def _stir(self, offset: int) -> None:
@@ -208,8 +211,3 @@ def _lines(offset: int, length: int) -> range:
     if length <= 0:
         return range(0)
     return range(offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1)
-
-
-def habits_of(names: Sequence[Habits], seed: int) -> Habits:
-    """One of them, by the seed."""
-    return names[seed % len(names)]

@@ -188,9 +188,22 @@ class Luck:
     def invalidate(self, host: int, offset: int, length: int) -> None:
         """The range's lines left the host's caches."""
         self.now += 1
-        mine = self._invalidated[host]
+        mine, unwritten = self._invalidated[host], self._open[host]
         for line in lines(offset, length):
             mine[line] = self.now
+            # Perhaps lost, perhaps evicted in time: no later write back can make up for it.
+            unwritten.pop(line, None)
+
+    def reset(self, host: int) -> None:
+        """The host lost its power: what it had not published has arrived by now, or never will."""
+        self.now += 1
+        flight = [store for stores in self._flight[host].values() for store in stores]
+        unwritten = [store for stores in self._open[host].values() for store in stores]
+        for store in flight + unwritten:
+            store.flushed = store.flushed or self.now
+            store.published = self.now
+        self._flight[host].clear()
+        self._open[host].clear()
 
     def end(self) -> Finding | None:
         """The run is over: words that were never published are a mistake of their own."""
@@ -215,12 +228,10 @@ class Luck:
             if store is None:
                 continue
             if store.host == host:
-                # Its own: lost only if it dropped the line before the store had arrived.
-                if invalidated <= store.at or (store.published and store.published < invalidated):
+                # Its own: lost only if it dropped the line before sending the store on its way.
+                if invalidated <= store.at or store.flushed:
                     continue
                 known, missing = False, Missing.FLUSH
-                if store.published:
-                    missing = Missing.FENCE
             else:
                 seen = self._seen[host][store.host]
                 known = store.at < seen
