@@ -186,12 +186,18 @@ def tell(finding: Finding, names: tuple[str, ...], show: Callable[[object], str]
             f"{finding.missing}: host {names[store.host]} stored the word at {finding.offset} "
             f"and never published it\n  stored (step {store.at}): {show(store.site)}"
         )
+    noticed = ""
+    if finding.loaded_at:
+        noticed = (
+            f"\n  noticed by a load of host {names[finding.loaded_by]} "
+            f"(step {finding.loaded_at}): {show(finding.loaded_site)}"
+        )
     return (
         f"{finding.missing}: a {finding.access} of host {names[finding.host]}, {span} "
         f"(line {finding.line}), depended on luck\n"
         f"  {finding.access} (step {finding.at}): {show(finding.site)}\n"
         f"  stored by host {names[store.host]} (step {store.at}): {show(store.site)}; "
-        f"{_state(finding)}"
+        f"{_state(finding)}{noticed}"
     )
 
 

@@ -7,8 +7,11 @@ loads and that another host stored last:
     store < write back < fence   (the writer's)   < invalidate < load   (the reader's)
 
 A load for which this chain is not closed may return an older byte under another legal order of
-evictions, prefetches and arrivals. A store is judged as a load of the rest of its lines, because a
-line is written back whole, and as a race with whoever has unpublished stores in them.
+evictions, prefetches and arrivals.
+
+A line is written back whole. So a store also brings along what its host believes of the rest of the
+line, and a line with unpublished stores of another host may go over it later. Bytes of which one
+cannot tell are *spoilt*, until they are stored again: nothing is said before somebody loads them.
 
 Words that a program declares as racing (`Memory.load_word`, `store_word`) may be old or new by
 design and are never judged. They say in what order things were published: who has seen a word must
@@ -23,6 +26,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 LINE_BYTES = 64
+FINDINGS_MAX = 16
 _SHIFT = 6
 _MASK = LINE_BYTES - 1
 
@@ -40,10 +44,19 @@ class Missing(StrEnum):
     ORDER = "read before publish"
 
 
+class Spoilt:
+    """In place of a store: a byte that a store to its line left in doubt."""
+
+    __slots__ = ("cause",)
+
+    def __init__(self, cause: Finding) -> None:
+        self.cause = cause
+
+
 class Store:
     """What one store left in one line."""
 
-    __slots__ = ("at", "flushed", "host", "line", "published", "site", "word")
+    __slots__ = ("at", "dropped", "flushed", "host", "line", "published", "site", "word")
 
     def __init__(self, host: int, at: int, line: int, site: Site, *, word: bool) -> None:
         self.host = host
@@ -54,6 +67,8 @@ class Store:
         self.word = word
         self.flushed = 0
         self.published = 0
+        self.dropped = False
+        """Invalidated before it was written back."""
 
 
 @dataclass
@@ -66,20 +81,29 @@ class Finding:
     """The first byte of it."""
     length: int
     access: str
-    """`load`, `store`, or `end` for a word that nobody is sure ever to see."""
+    """`load`; `store` where that put bytes in doubt which somebody loaded later; `end` for a word
+    that nobody is sure ever to see.
+    """
     site: Site
     store: Store
     invalidated: int
     """When the host last invalidated the line; 0 never."""
     known: bool = False
     """Whether the host had seen a word that the writer stored afterwards."""
-    word_at: int = 0
+    loaded_by: int = -1
+    loaded_at: int = 0
+    loaded_site: Site = None
+    """Of a store: who noticed."""
     _missing: Missing = field(default=Missing.FLUSH)
 
     @property
     def line(self) -> int:
         """Which line."""
         return self.store.line
+
+    def judge(self, missing: Missing) -> None:
+        """Say what was missing; a missing flush is looked at once more in the end."""
+        self._missing = missing
 
     @property
     def missing(self) -> Missing:
@@ -97,11 +121,18 @@ class Finding:
 class Luck:
     """The judgement of one run. Every host begins with caches that may hold anything of before."""
 
-    def __init__(self, hosts: int) -> None:
-        self.first: Finding | None = None
+    def __init__(self, hosts: int, racing: Iterable[range] = ()) -> None:
+        """`racing` are bytes that a program checks after it has loaded them, by a checksum or by a
+        word: like words, they may be old or new.
+        """
+        self.findings: list[Finding] = []
+        """In the order in which they were found, up to a bound."""
         self.now = 0
-        self._slots: dict[int, list[Store | None]] = {}
+        self._racing = tuple(racing)
+        self._slots: dict[int, list[Store | Spoilt | None]] = {}
         """Who stored each byte of a line last."""
+        self._unsettled: dict[int, list[Store]] = {}
+        """Stores that some cache may still write to memory, by line; also some that are settled."""
         self._open: list[dict[int, list[Store]]] = [{} for _ in range(hosts)]
         """Stores that were not written back, by line."""
         self._flight: list[dict[Hashable, list[Store]]] = [{} for _ in range(hosts)]
@@ -111,41 +142,58 @@ class Luck:
         """[reader][writer]: when the latest word was stored that the reader knows of."""
         self._words: dict[int, list[tuple[int, Store, tuple[int, ...]]]] = {}
 
+    @property
+    def first(self) -> Finding | None:
+        """The first access that depended on luck, if any did."""
+        return self.findings[0] if self.findings else None
+
+    def forgive(self, host: int, since: int) -> None:
+        """What `host` did after `since` came to nothing: it noticed, and gave an error."""
+        self.findings = [
+            found
+            for found in self.findings
+            if host not in (found.host, found.loaded_by) or max(found.at, found.loaded_at) <= since
+        ]
+
     # ---- loads and stores
 
     def load(self, host: int, offset: int, length: int, site: Site = None) -> Finding | None:
         """A plain load."""
         self.now += 1
+        for race in self._racing:
+            if race.start <= offset and offset + length <= race.stop:
+                return None
         for line, start, end in pieces(offset, length):
             slots = self._slots.get(line)
             if slots is None:
                 continue
             found = self._judge(host, line, set(slots[start:end]))
-            if found is not None:
-                first = (line << _SHIFT) + next(
-                    at for at in range(start, end) if slots[at] is found.store
-                )
-                return self._keep(found, "load", first, offset + length - first, site)
+            if found is None:
+                continue
+            if found.access == "store":
+                found.loaded_by, found.loaded_at, found.loaded_site = host, self.now, site
+            else:
+                at = next(at for at in range(start, end) if slots[at] is found.store)
+                found.access, found.offset = "load", (line << _SHIFT) + at
+                found.length, found.site = offset + length - found.offset, site
+            return self._keep(found)
         return None
 
     def store(
         self, host: int, offset: int, length: int, site: Site = None, *, word: bool = False
-    ) -> Finding | None:
+    ) -> None:
         """A plain store."""
         self.now += 1
-        first: Finding | None = None
         for line, start, end in pieces(offset, length):
             slots = self._slots.get(line)
+            new = Store(host, self.now, line, site, word=word)
             if slots is None:
                 slots = self._slots[line] = [None] * LINE_BYTES
+                slots[start:end] = [new] * (end - start)
+                self._unsettled[line] = [new]
             else:
-                found = self._judge_store(host, line, slots, start, end, word=word)
-                if found is not None and first is None:
-                    first = self._keep(found, "store", offset, length, site)
-            new = Store(host, self.now, line, site, word=word)
-            slots[start:end] = [new] * (end - start)
+                self._overwrite(slots, new, start, end)
             self._open[host].setdefault(line, []).append(new)
-        return first
 
     def load_word(self, host: int, offset: int, value: int) -> None:
         """A racing load that returned `value`."""
@@ -158,12 +206,11 @@ class Luck:
                 seen[store.host] = max(seen[store.host], store.at)
                 return
 
-    def store_word(self, host: int, offset: int, value: int, site: Site = None) -> Finding | None:
+    def store_word(self, host: int, offset: int, value: int, site: Site = None) -> None:
         """A racing store."""
-        found = self.store(host, offset, 8, site, word=True)
+        self.store(host, offset, 8, site, word=True)
         store = self._open[host][offset >> _SHIFT][-1]
         self._words.setdefault(offset, []).append((value, store, tuple(self._seen[host])))
-        return found
 
     # ---- what makes them visible
 
@@ -192,7 +239,8 @@ class Luck:
         for line in lines(offset, length):
             mine[line] = self.now
             # Perhaps lost, perhaps evicted in time: no later write back can make up for it.
-            unwritten.pop(line, None)
+            for store in unwritten.pop(line, ()):
+                store.dropped = True
 
     def reset(self, host: int) -> None:
         """The host lost its power: what it had not published has arrived by now, or never will."""
@@ -208,77 +256,94 @@ class Luck:
     def end(self) -> Finding | None:
         """The run is over: words that were never published are a mistake of their own."""
         self.now += 1
-        for stores in self._words.values():
+        for offset, stores in self._words.items():
             store = stores[-1][1]
             if not store.published and self.first is None:
                 # Whoever looks for the word may look for ever.
-                found = Finding(store.host, self.now, 0, 8, "", None, store, 0)
+                found = Finding(store.host, self.now, offset, 8, "end", store.site, store, 0)
                 if store.flushed:
-                    found._missing = Missing.FENCE  # noqa: SLF001 - its own module
-                self._keep(found, "end", store.line << _SHIFT, 8, store.site)
+                    found.judge(Missing.FENCE)
+                self._keep(found)
         return self.first
 
     # ---- the rule
 
-    def _judge(self, host: int, line: int, stores: Iterable[Store | None]) -> Finding | None:
-        """A load of bytes that `stores` left, by `host`."""
+    def _judge(
+        self, host: int, line: int, stores: Iterable[Store | Spoilt | None]
+    ) -> Finding | None:
+        """A load of bytes that `stores` left, by `host`: the oldest that may be missed."""
         worst: Finding | None = None
         invalidated = self._invalidated[host].get(line, 0)
         for store in stores:
             if store is None:
                 continue
-            if store.host == host:
-                # Its own: lost only if it dropped the line before sending the store on its way.
-                if invalidated <= store.at or store.flushed:
-                    continue
-                known, missing = False, Missing.FLUSH
-            else:
-                seen = self._seen[host][store.host]
-                known = store.at < seen
-                if not store.published:
-                    missing = Missing.FLUSH
-                elif store.published > invalidated:
-                    missing = Missing.INVALIDATE
-                elif known and seen < store.published:
-                    missing = Missing.FENCE if store.flushed < seen else Missing.LATE
-                else:
-                    continue
-            found = Finding(host, self.now, 0, 0, "", None, store, invalidated, known)
-            found._missing = missing  # noqa: SLF001 - its own module
-            if worst is None or store.at < worst.store.at:
-                worst = found
+            if isinstance(store, Spoilt):
+                return store.cause
+            missing = self._missing(host, store, invalidated)
+            if missing is not None and (worst is None or store.at < worst.store.at):
+                known = store.at < self._seen[host][store.host]
+                worst = Finding(host, self.now, 0, 0, "", None, store, invalidated, known)
+                worst.judge(missing)
         return worst
 
-    def _judge_store(
-        self,
-        host: int,
-        line: int,
-        slots: list[Store | None],
-        start: int,
-        end: int,
-        *,
-        word: bool,
-    ) -> Finding | None:
-        """The rest of the line is loaded with it; its own bytes race with unpublished ones."""
-        rest = {*slots[:start], *slots[end:]} - {None}
-        covered = {
-            store
-            for store in slots[start:end]
-            if store is not None
-            and store.host != host
-            and not store.published
-            and not (word and store.word)
-        }
-        if not rest and not covered:
-            return None
-        return self._judge(host, line, (s for s in rest | covered if s and s.host != host))
+    def _missing(self, host: int, store: Store, invalidated: int) -> Missing | None:
+        """What keeps `host` from being sure to load what `store` left; None if it is sure."""
+        if store.host == host:
+            # Its own: lost only if it dropped the line before sending the store on its way.
+            return Missing.FLUSH if store.dropped else None
+        if not store.published:
+            return Missing.FLUSH
+        if store.published > invalidated:
+            return Missing.INVALIDATE
+        seen = self._seen[host][store.host]
+        if store.at < seen < store.published:
+            return Missing.FENCE if store.flushed < seen else Missing.LATE
+        return None
 
-    def _keep(
-        self, found: Finding, access: str, offset: int, length: int, site: Site
-    ) -> Finding:
-        found.access, found.offset, found.length, found.site = access, offset, length, site
-        if self.first is None:
-            self.first = found
+    def _overwrite(
+        self, slots: list[Store | Spoilt | None], new: Store, start: int, end: int
+    ) -> None:
+        """Put a store in, and what it leaves in doubt."""
+        line, host = new.line, new.host
+        unsettled = [
+            store for store in self._unsettled[line] if not store.published and not store.dropped
+        ]
+        others = [store for store in unsettled if store.host != host]
+        unsettled.append(new)
+        self._unsettled[line] = unsettled
+        doubt: dict[Store, Spoilt] = {}
+        if end - start < LINE_BYTES:
+            invalidated = self._invalidated[host].get(line, 0)
+            for at in (*range(start), *range(end, LINE_BYTES)):
+                store = slots[at]
+                if not isinstance(store, Store) or store.host == host:
+                    continue
+                if store not in doubt:
+                    missing = self._missing(host, store, invalidated)
+                    if missing is None:
+                        continue
+                    doubt[store] = self._spoil(new, start, end, store, missing)
+                slots[at] = doubt[store]
+        if others:
+            victim = others[0]
+            spoilt = doubt.get(victim) or self._spoil(new, start, end, victim, Missing.FLUSH)
+            slots[start:end] = [spoilt] * (end - start)
+        else:
+            slots[start:end] = [new] * (end - start)
+
+    def _spoil(self, new: Store, start: int, end: int, victim: Store, missing: Missing) -> Spoilt:
+        at = (new.line << _SHIFT) + start
+        invalidated = self._invalidated[new.host].get(new.line, 0)
+        known = victim.at < self._seen[new.host][victim.host]
+        cause = Finding(
+            new.host, self.now, at, end - start, "store", new.site, victim, invalidated, known
+        )
+        cause.judge(missing)
+        return Spoilt(cause)
+
+    def _keep(self, found: Finding) -> Finding:
+        if len(self.findings) < FINDINGS_MAX:
+            self.findings.append(found)
         return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +19,8 @@ from tagmem.coherence.hosts import SimulatedHost, tell, tell_site
 from tagmem.coherence.luck import Finding, Luck
 from tagmem.shared.coherence import Memory
 
-Program = Callable[[Memory], None]
+Program = Callable[[Memory, int], None]
+"""What a host runs, given its memory and its number."""
 Wrap = Callable[[Memory], Memory]
 _TURN_ACCESSES = (1, 2, 5, 20, 60)
 """A host runs for up to so many accesses; which of these, a schedule chooses once."""
@@ -55,6 +56,7 @@ class Schedule:
         """`pool` has a thread for each host, and may serve many schedules, one at a time."""
         self.seed = seed
         self._pool = pool
+        self._after: dict[int, frozenset[int]] = {}
         self.chance = random.Random(seed)
         self._size_bytes = size_bytes
         self._turns: list[threading.Lock] = []
@@ -70,16 +72,25 @@ class Schedule:
         """Have a host lose its power after so many accesses."""
         self._doomed[host] = accesses
 
-    def run(self, programs: Sequence[Program], wrap: Wrap | None = None) -> Outcome:
+    def after(self, host: int, others: Iterable[int]) -> None:
+        """Have a host begin when others have ended."""
+        self._after[host] = frozenset(others)
+
+    def run(
+        self, programs: Sequence[Program], wrap: Wrap | None = None, racing: Iterable[range] = ()
+    ) -> Outcome:
         """One host per program, each until its end. `wrap` plants mistakes."""
         chance = self.chance
         self.caches = Caches(
-            self._size_bytes, len(programs), chance, chance.choice(HABITS),
+            self._size_bytes,
+            len(programs),
+            chance,
+            chance.choice(HABITS),
             lines_max=chance.choice((0, 0, 16)),
         )
-        self.luck = Luck(len(programs))
+        self.luck = Luck(len(programs), racing)
         self._turns = [threading.Lock() for _ in programs]
-        self._live = list(range(len(programs)))
+        self._live = [host for host in range(len(programs)) if host not in self._after]
         for lock in (*self._turns, self._end):
             lock.acquire()
         ends = [
@@ -97,13 +108,21 @@ class Schedule:
         )
         self._turns[host].acquire()
         try:
-            program(memory if wrap is None else wrap(memory))
+            program(memory if wrap is None else wrap(memory), host)
         except PowerLost:
             self.caches.reset(host)
             self.luck.reset(host)
         finally:
-            self._live.remove(host)
+            self._ended(host)
             self._pass_on()
+
+    def _ended(self, host: int) -> None:
+        self._live.remove(host)
+        for other, awaited in list(self._after.items()):
+            self._after[other] = awaited - {host}
+            if not self._after[other]:
+                del self._after[other]
+                self._live.append(other)
 
     def _access(self, host: int) -> None:
         """Before each access of a host."""
@@ -122,5 +141,5 @@ class Schedule:
         if not self._live:
             self._end.release()
             return
-        self._left = self.chance.randrange(self._turn_accesses) 
+        self._left = self.chance.randrange(self._turn_accesses)
         self._turns[self._live[self.chance.randrange(len(self._live))]].release()
