@@ -30,8 +30,8 @@ class Chance(Protocol):
         """From 0 up to, not including, 1."""
         ...
 
-    def randrange(self, stop: int) -> int:
-        """From 0 up to, not including, `stop`."""
+    def randrange(self, start: int, /) -> int:
+        """From 0 up to, not including, the argument."""
         ...
 
 

@@ -19,7 +19,6 @@ from tagmem.coherence.luck import Finding, Luck, lines
 from tagmem.shared.coherence import KindName
 
 WORD_BYTES = 8
-_ENDIAN = "little"
 _DEPTH_MAX = 4
 
 
@@ -28,7 +27,7 @@ class _Window:
     """A writable view that was given out."""
 
     offset: int
-    bytes: bytearray
+    data: bytearray
     shadow: bytes
 
 
@@ -87,12 +86,12 @@ class SimulatedHost:
         data = self._caches.load(self._number, offset, length)
         window = _Window(offset, bytearray(data), data)
         self._windows.append(window)
-        return memoryview(window.bytes)
+        return memoryview(window.data)
 
     def load_word(self, offset: int) -> int:
         """A racing load: never judged."""
         self._word(offset)
-        value = int.from_bytes(self._caches.load(self._number, offset, WORD_BYTES), _ENDIAN)
+        value = int.from_bytes(self._caches.load(self._number, offset, WORD_BYTES), "little")
         self._luck.load_word(self._number, offset, value)
         return value
 
@@ -100,7 +99,7 @@ class SimulatedHost:
         """A racing store."""
         self._word(offset, store=True)
         self._luck.store_word(self._number, offset, value, site())
-        self._caches.store(self._number, offset, value.to_bytes(WORD_BYTES, _ENDIAN))
+        self._caches.store(self._number, offset, value.to_bytes(WORD_BYTES, "little"))
 
     def write_back(self, offset: int, length: int) -> None:
         """Lines of the range start their way."""
@@ -141,19 +140,19 @@ class SimulatedHost:
     def _collect(self) -> None:
         """What was written through views since, as stores of whole runs within a line."""
         for window in self._windows:
-            if window.bytes == window.shadow:
+            if window.data == window.shadow:
                 continue
-            for line in lines(window.offset, len(window.bytes)):
+            for line in lines(window.offset, len(window.data)):
                 start = max(line * LINE_BYTES - window.offset, 0)
-                end = min((line + 1) * LINE_BYTES - window.offset, len(window.bytes))
-                now, then = window.bytes[start:end], window.shadow[start:end]
+                end = min((line + 1) * LINE_BYTES - window.offset, len(window.data))
+                now, then = window.data[start:end], window.shadow[start:end]
                 changed = [at for at in range(end - start) if now[at] != then[at]]
                 if changed:
                     first, after = changed[0], changed[-1] + 1
                     at = window.offset + start + first
                     self._luck.store(self._number, at, after - first, site())
                     self._caches.store(self._number, at, now[first:after])
-            window.shadow = bytes(window.bytes)
+            window.shadow = bytes(window.data)
 
 
 Site = tuple[tuple[str, int], ...]
@@ -161,7 +160,7 @@ Site = tuple[tuple[str, int], ...]
 
 def site() -> Site:
     """The callers outside of this file, innermost first, as (code, line)."""
-    found = []
+    found: list[tuple[str, int]] = []
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the cheap way to a caller's line
     while frame is not None and len(found) < _DEPTH_MAX:
         if frame.f_code.co_filename != __file__:

@@ -72,7 +72,7 @@ class World:
     def writer(self, owner: int, *, first: bool, replace: bool = False) -> Program:
         """Creates, or takes over what a writer without power left; puts objects; closes."""
 
-        def program(memory: Memory, host: int) -> None:
+        def program(memory: Memory, _host: int) -> None:
             if first:
                 catalogue = Catalogue.create(memory, TAG, owner=owner)
             else:
@@ -123,7 +123,7 @@ class World:
         if bytes(catalogue.view(entry)) != content(catalogue.generation, name):
             raise WrongValue(f"{name} of generation {catalogue.generation}")
 
-    def last(self, memory: Memory, host: int) -> None:
+    def last(self, memory: Memory, _host: int) -> None:
         """Who comes when all is over finds everything that was put, of the last generation."""
         catalogue = Catalogue.open(memory)
         latest = {name for generation, name in self.appended if generation == catalogue.generation}
