@@ -3,6 +3,25 @@
 Nothing is imported before a name is asked for, as in `tagmem` itself.
 """
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from tagmem.shared.catalogue import Catalogue as Catalogue
+    from tagmem.shared.catalogue import Corrupt as Corrupt
+    from tagmem.shared.catalogue import Full as Full
+    from tagmem.shared.catalogue import Initialising as Initialising
+    from tagmem.shared.catalogue import NoCatalogue as NoCatalogue
+    from tagmem.shared.catalogue import OtherVersion as OtherVersion
+    from tagmem.shared.catalogue import Overtaken as Overtaken
+    from tagmem.shared.catalogue import Reinitialised as Reinitialised
+    from tagmem.shared.coherence import HardwareCoherent as HardwareCoherent
+    from tagmem.shared.coherence import SoftwareCoherent as SoftwareCoherent
+    from tagmem.shared.lines import NoLines as NoLines
+    from tagmem.shared.lines import cpu_lines as cpu_lines
+    from tagmem.shared.memory import MappedMemory as MappedMemory
+    from tagmem.shared.objects import Shared as Shared
+    from tagmem.shared.objects import create as create
+    from tagmem.shared.objects import open as open  # noqa: A004 - goes with `tagmem.open`
+
 # What there is, and where: module, name in it.
 _PUBLIC: dict[str, tuple[str, str]] = {
     "Catalogue": ("tagmem.shared.catalogue", "Catalogue"),
@@ -17,7 +36,10 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "Overtaken": ("tagmem.shared.catalogue", "Overtaken"),
     "Reinitialised": ("tagmem.shared.catalogue", "Reinitialised"),
     "SoftwareCoherent": ("tagmem.shared.coherence", "SoftwareCoherent"),
+    "Shared": ("tagmem.shared.objects", "Shared"),
     "cpu_lines": ("tagmem.shared.lines", "cpu_lines"),
+    "create": ("tagmem.shared.objects", "create"),
+    "open": ("tagmem.shared.objects", "open"),
 }
 
 
