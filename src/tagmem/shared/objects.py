@@ -313,6 +313,7 @@ class _Place:
             self._memory.release()
         if self._lines is not None:
             self._lines.release()
+        self._buffer = memoryview(b"")
         opened, self._opened = self._opened, None
         if opened is not None:
             try:
