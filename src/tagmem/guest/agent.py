@@ -4,8 +4,10 @@ What it knows is small, and all of it can be had again: tags are found anew afte
 and what was told of them are read back after a restart of the agent, and the host is greeted
 whenever the port opens, so that it knows what it may still expect.
 
-SIGTERM comes before shutdown, reboot and kexec: every tag is given back then, in order, and the
-host is told. SIGINT ends the agent and the commands that it runs; tags keep their names.
+SIGTERM comes before shutdown, reboot and kexec: every tag is given back then, in order. The host is
+told, and has a moment to take the devices, for which the agent still answers it; what is there
+afterwards is ejected, so that the next kernel finds nothing. SIGINT ends the agent and the commands
+that it runs; tags keep their names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tagmem.client import launch
 from tagmem.guest import find as finding
 from tagmem.guest.channel import Channel
 from tagmem.guest.commands import Commands
+from tagmem.guest.down import take_lock
 from tagmem.guest.find import Roots
 from tagmem.guest.names import Names
 from tagmem.guest.release import Outcome, Release, as_told
@@ -37,7 +40,10 @@ LATE_HEADER_SECONDS = 0.15
 EJECT_SECONDS = 30.0
 ATTACHES_MAX = 64
 LEAVE_ASK_MS, LEAVE_STOP_MS = 5_000, 3_000
+HAND_BACK_SECONDS = 10.0
+"""How long a host has to take the devices of what was given back, before they are ejected."""
 _SIGTERM = "SIGTERM"
+_WHILE_PARTING = (w.Greet, w.Find, w.Detach)
 
 _Reply = Callable[[Outcome, bool, str], None]
 """How a release ended, whether the device is still there, and why its eject failed."""
@@ -52,6 +58,7 @@ class Options(NamedTuple):
     """Whether the host may run commands here."""
     modules: bool = False
     """Whether to load kernel modules, where no udev does."""
+    hand_back_seconds: float = HAND_BACK_SECONDS
 
 
 class _Attaching(NamedTuple):
@@ -127,6 +134,9 @@ class Agent:
         self._held: dict[str, Outcome] = {}
         self._then: Callable[[dict[str, Outcome]], None] = lambda _: None
         self._after: Callable[[], None] | None = None
+        self._parting_until: float | None = None
+        """Set when every tag was given back and the agent is to end: the host's time for devices."""
+        self._ejecting = False
         self._ended = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
@@ -178,7 +188,7 @@ class Agent:
         for detaching in self._detaching.values():
             ejecting = detaching.outcome is not None
             due.append(detaching.eject_until if ejecting else detaching.release.next_at)
-        if self._ended:
+        if self._ended or self._parting_until is not None:
             due.append(time.monotonic() + SCAN_SECONDS)
         return max(min(due) - time.monotonic(), 0)
 
@@ -251,10 +261,15 @@ class Agent:
                 self._fail(request.id, "unsupported", reason)
             elif isinstance(request, w.Malformed):
                 self._fail(request.id, "invalid", request.reason)
-            elif self._leaving or self._ended:
+            elif not self._answers(request):
                 self._fail(request.id, "busy", "the agent is leaving")
             else:
                 self._handlers[type(request)](request)
+
+    def _answers(self, request: w.Request) -> bool:
+        if self._parting_until is not None and not self._ended:
+            return isinstance(request, _WHILE_PARTING)
+        return not (self._leaving or self._ended)
 
     def _fail(self, number: int, code: str, reason: str) -> None:
         self._send(w.Failed(number, code, reason[:2000]))
@@ -270,12 +285,14 @@ class Agent:
             self._names.withdraw(tag)
 
     def _scan(self, now: float, *, adopting: bool = False) -> None:
-        self._next_scan = now + (SCAN_SECONDS if self._attaching else IDLE_SCAN_SECONDS)
+        soon = self._attaching or self._parting_until is not None
+        self._next_scan = now + (SCAN_SECONDS if soon else IDLE_SCAN_SECONDS)
         found = {m.tag: m for m in finding.find(self._roots, self._told.values())}
         for tag in [*self._present.keys() - found.keys()]:
             self._vanished(tag)
         for tag in [*self._withdrawn.keys() - found.keys()]:
             del self._withdrawn[tag]
+            self._forget_told(tag)
         if adopting:
             self._raw = set(finding.raw_namespaces(self._roots))
         for tag in self._attaching.keys() - found.keys():
@@ -327,7 +344,13 @@ class Agent:
         known = self._identities.get(tag, ())
         self._identities[tag] = tuple(i for i in known if i[0] != DEVICE)
         if tag not in self._detaching:
+            self._forget_told(tag)
             self._send(w.Vanished(0, tag))
+
+    def _forget_told(self, tag: str) -> None:
+        """Its device has gone: what comes in its place (slot, address) is another tag's."""
+        if tag not in self._attaching:
+            self._told.pop(tag, None)
 
     def _find(self, request: w.Find) -> None:
         told = {**self._told, **{entry.tag: entry for entry in request.told}}
@@ -346,13 +369,22 @@ class Agent:
         if request.told is not None and request.told.tag != tag:
             self._fail(request.id, "invalid", f"told.tag: must be {tag}")
             return
-        if request.told is not None and len(self._told) < w.MEMORIES_MAX:
-            self._told[tag] = request.told
+        if request.told is not None:
+            self._learn(request.told)
         self._withdrawn.pop(tag, None)
         now = time.monotonic()
         waiting = _Attaching(request, now, now + request.wait_ms / 1000)
         self._attaching.setdefault(tag, []).append(waiting)
         self._scan(now)
+
+    def _learn(self, told: w.Told) -> None:
+        """The newest word counts: what is said of this device now was another tag's before."""
+        where = told._replace(tag="", size_bytes=0, read_only=False)
+        for tag, known in list(self._told.items()):
+            if known._replace(tag="", size_bytes=0, read_only=False) == where:
+                del self._told[tag]
+        if len(self._told) < w.MEMORIES_MAX:
+            self._told[told.tag] = told
 
     def _answer_attach(self, tag: str) -> None:
         self._claimed = {claimed for claimed in self._claimed if claimed[0] != tag}
@@ -443,8 +475,12 @@ class Agent:
                 outcome = detaching.release.step(now)
                 if outcome is not None:
                     self._settle(detaching, outcome, now)
-        if self._leaving and not self._detaching and not self._ended:
-            self._left()
+        if self._detaching or self._ended:
+            return
+        if self._leaving:
+            self._left(now)
+        elif self._parting_until is not None:
+            self._part(now)
 
     def _settle(self, detaching: _Detaching, outcome: Outcome, now: float) -> None:
         detaching.outcome = outcome
@@ -552,7 +588,9 @@ class Agent:
 
         def shut(held: dict[str, Outcome]) -> None:
             self._answer_leaving(request.id, held)
-            self._ended = not held
+            if held:
+                return
+            self._bid_farewell(request.how, time.monotonic())
             if request.how != "agent":
                 self._after = lambda: self._end(request.how)
 
@@ -604,20 +642,41 @@ class Agent:
 
         return noted
 
-    def _left(self) -> None:
+    def _left(self, now: float) -> None:
         for command in self._commands.all():
             command.signal(signal.SIGKILL)
         reason, self._leaving = self._leaving, ""
         if reason == _SIGTERM:
-            self._send(w.Leaving(0, reason, tuple(self._held)))
-            self._ended = True
+            self._bid_farewell(reason, now)
         else:
             self._then(self._held)
 
+    def _bid_farewell(self, reason: str, now: float) -> None:
+        """Say what was given back; the host may take the devices now."""
+        self._send(w.Leaving(0, reason, tuple(self._held)[: w.MEMORIES_MAX]))
+        self._parting_until = now + self._options.hand_back_seconds
+
+    def _part(self, now: float) -> None:
+        """End when nothing of what was given back is there any more, or nothing can be done."""
+        assert self._parting_until is not None
+        there = sorted(self._withdrawn.keys() - self._held.keys())
+        if there and not self._ejecting:
+            if self._channel.live and now < self._parting_until:
+                return
+            self._ejecting = True
+            for tag in there:
+                self._begin(tag, lambda *_: None, ask_ms=0, stop_ms=0, everyone=False, eject=True)
+            return
+        self._ended = True
+
 
 def serve(options: Options) -> int:
-    """Be the agent of this guest; the exit code."""
-    agent = Agent(options)
-    agent.install_signals()
-    say(f"on {options.channel}, names in {options.roots.run}")
-    return agent.run()
+    """Be the agent of this guest; the exit code. Raises Conflict when another one is."""
+    lock = take_lock(options.roots.run)
+    try:
+        agent = Agent(options)
+        agent.install_signals()
+        say(f"on {options.channel}, names in {options.roots.run}")
+        return agent.run()
+    finally:
+        os.close(lock)

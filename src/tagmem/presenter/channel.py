@@ -40,6 +40,8 @@ class Channel:
         self._news = asyncio.Event()
         self.told: list[guest.Answer] = []
         """What the guest said unasked: memory that came, memory that vanished, its leaving."""
+        self.said: Callable[[guest.Answer], None] = lambda _: None
+        """Called for each of these, and for every greeting."""
 
     def start(self) -> None:
         """Begin connecting, in the running loop."""
@@ -160,6 +162,7 @@ class Channel:
     def _deliver(self, item: guest.Answer | Lost | Late | guest.Malformed) -> None:
         if isinstance(item, guest.Hello):
             self._greeted.set()
+            self.said(item)
         if isinstance(item, Late) and isinstance(item.answer, guest.Hello):
             return  # The guest was still booting when it was greeted first.
         if isinstance(item, Late | guest.Malformed):
@@ -170,3 +173,5 @@ class Channel:
             queue.put_nowait(item)
         elif item.id == 0 and not isinstance(item, Lost):
             self.told = [*self.told[-TOLD_MAX + 1 :], item]
+            if not isinstance(item, guest.Hello | guest.Malformed):
+                self.said(item)

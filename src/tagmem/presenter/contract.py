@@ -322,6 +322,8 @@ class Presentation(Value, frozen=True):
     guest_path: str = ""
     """What the guest's agent calls it; empty when it did not say."""
     warning: str = ""
+    told: guest.Told | None = None
+    """How the guest's agent knows memory that cannot carry its tag; told again after a reboot."""
 
 
 class Holder(Value, frozen=True):

@@ -273,6 +273,7 @@ class Planned:
             plan.device_bytes,
             answer.memory.path if isinstance(answer, guest.Attached) else "",
             plan.warning,
+            _told_of(plan.steps),
         )
 
     async def detach(
@@ -404,6 +405,13 @@ class Descent:
             self._reason = f"{self._reason}; stopping the VM: {error}"
             return False
         return True
+
+
+def _told_of(steps: Sequence[Step]) -> guest.Told | None:
+    for step in steps:
+        if isinstance(step, AskGuest) and isinstance(step.request, guest.Attach):
+            return step.request.told
+    return None
 
 
 def _held(answer: guest.Held) -> str:

@@ -31,6 +31,7 @@ from tagmem.base.ids import parse_name, parse_tag
 from tagmem.base.units import GIB, SECOND, Bytes, Nanoseconds
 from tagmem.ports import Emit, HostTag, Peers
 from tagmem.presenter import survey
+from tagmem.presenter.attend import Attendant
 from tagmem.presenter.broker import Broker
 from tagmem.presenter.choose import AUTO, all_presenters, pick
 from tagmem.presenter.common import device_id
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 VMS_MAX = 256
 BOOT_NS = 120 * SECOND
 STOP_NS = 10 * SECOND
+GIVEN_BACK_NS = 10 * SECOND
 EXEC_NS_MAX = 24 * 3600 * SECOND
 
 T = TypeVar("T", bound=Value)
@@ -158,6 +160,7 @@ class _Entry:
         self.trouble = ""
         self.lock = asyncio.Lock()
         """One attach or detach at a time: slots are judged and taken in one go."""
+        self.attendant: Attendant | None = None
 
 
 class Hypervisor:
@@ -239,6 +242,8 @@ class Hypervisor:
     async def close(self) -> None:
         """See `ports.Hypervisors`."""
         for entry in self._entries.values():
+            if entry.attendant is not None:
+                entry.attendant.close()
             if entry.vm is not None:
                 entry.vm.on_gone = lambda: None
                 await entry.vm.close()
@@ -265,6 +270,10 @@ class Hypervisor:
 
     def _have(self, entry: _Entry, vm: Vm) -> None:
         entry.vm, entry.trouble = vm, ""
+        if vm.guest is not None:
+            entry.attendant = Attendant(
+                vm.guest, lambda: self._of(vm.name), self._given_back, self._show
+            )
 
         def gone() -> None:
             task = asyncio.get_running_loop().create_task(self._ended(entry.record.name))
@@ -281,6 +290,8 @@ class Hypervisor:
         if entry is None:
             return
         log.info("VM %s has ended", name)
+        if entry.attendant is not None:
+            entry.attendant.close()
         for shown in self._of(name):
             self._broker.forget(name, shown.device)
             await self._hide(name, shown.tagged.tag)
@@ -447,6 +458,10 @@ class Hypervisor:
             raise Conflict(f"tag {tag} stays in VM {request.name}: {ended.reason}{hint}")
         told: dict[str, Any] = msgspec.to_builtins(ended)
         return told | {"tag": tag, "name": request.name}
+
+    async def _given_back(self, shown: Presentation) -> Detached:
+        """A guest says that it has let go, which proves nothing: as if a user had asked."""
+        return await self._take(shown, GIVEN_BACK_NS, force=False, may_stop_vm=False)
 
     async def _take(
         self, shown: Presentation, deadline_ns: Nanoseconds, *, force: bool, may_stop_vm: bool

@@ -365,7 +365,10 @@ class Vanished(NamedTuple):
 
 
 class Leaving(NamedTuple):
-    """The agent ends: every tag was given back, but for these. Id 0."""
+    """The agent ends: every tag was given back, but for these. Id 0.
+
+    For some seconds more it answers Greet, Find and Detach, so that the host can take the devices.
+    """
 
     id: int
     reason: str

@@ -466,3 +466,54 @@ def test_the_agent_needs_the_standard_library_alone() -> None:
         check=True,
     )
     assert done.stdout.strip() == "[]"
+
+
+# ---- parting
+
+
+def test_a_host_takes_the_devices_of_a_guest_that_leaves(world: World) -> None:
+    world.agent._options = world.agent._options._replace(hand_back_seconds=30.0)
+    attach(world)
+    world.agent._leave("SIGTERM", 0, 0, lambda _: None)
+    world.until(lambda: world.told(w.Leaving))
+    assert world.ask(w.Attach(0, PMEM)).code == "busy"
+    assert isinstance(world.ask(w.Detach(0, PMEM, ask_ms=0, stop_ms=0)), w.Released)
+    assert not world.agent._ended
+    unplug(world.base, "dax0.0")
+    world.until(lambda: world.agent._ended)
+    assert world.system.ejected == []
+
+
+def test_what_no_host_takes_is_ejected_at_the_end(world: World) -> None:
+    attach(world)
+    world.agent._leave("SIGTERM", 0, 0, lambda _: None)
+    world.until(lambda: world.agent._ended)
+    assert world.system.ejected == ["0-2"]
+
+
+def test_what_is_held_is_neither_ejected_nor_waited_for(world: World) -> None:
+    memory = attach(world)
+    world.hold(memory.path, "deaf")
+    world.agent._leave("SIGTERM", 0, 0, lambda _: None)
+    world.until(lambda: world.agent._ended)
+    assert world.system.ejected == []
+    assert world.by_tag() == [PMEM]
+
+
+def test_what_was_told_of_a_device_goes_with_it(world: World) -> None:
+    plug(world.base, "ivshmem")
+    memory = world.ask(w.Attach(0, T, told=w.Told(T, slot="7"))).memory
+    world.ask(w.Detach(0, T, ask_ms=0, stop_ms=0))
+    os.unlink(memory.path)
+    world.agent._next_scan = 0.0
+    world.turn()
+    assert world.agent._told == {}
+
+
+def test_the_newest_word_of_a_device_counts(world: World) -> None:
+    plug(world.base, "ivshmem")
+    world.ask(w.Attach(0, T, told=w.Told(T, slot="7")))
+    world.ask(w.Detach(0, T, ask_ms=0, stop_ms=0))
+    answer = world.ask(w.Attach(0, PMEM, told=w.Told(PMEM, slot="7")))
+    assert isinstance(answer, w.Attached)
+    assert world.by_tag() == [PMEM]

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tagmem.base.errors import Conflict
+from tagmem.guest.down import down
 from tagmem.wire import guest as w
 from tagmem.wire.guest_session import HostSession
 
@@ -29,8 +31,8 @@ class Process:
         self.link.settimeout(20)
         self.session = HostSession()
 
-    def start(self, channel: str) -> subprocess.Popen[str]:
-        run = ("--run-dir", str(self.base / "run"))
+    def start(self, channel: str, folder: str = "run") -> subprocess.Popen[str]:
+        run = ("--run-dir", str(self.base / folder))
         return subprocess.Popen(
             [sys.executable, "-m", "tagmem.guest", "--channel", channel, *run],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -77,7 +79,31 @@ def test_an_agent_that_is_interrupted_ends_its_commands(process: Process) -> Non
 
 
 def test_a_channel_that_cannot_be_is_refused(process: Process) -> None:
-    with process.start("nowhere") as child:
+    with process.start("nowhere", "other") as child:
         _, errors = child.communicate(timeout=20)
     assert child.returncode == 1
     assert "channel: must be a device path, unix:PATH or vsock[:PORT], got 'nowhere'" in errors
+
+
+def test_a_guest_is_taken_down_by_name_of_its_run_directory(process: Process) -> None:
+    process.hear(w.Hello)
+    down(str(process.base / "run"), 20)
+    assert process.child.wait(20) == 0
+    assert process.hear(w.Leaving) == w.Leaving(0, "SIGTERM")
+    down(str(process.base / "run"))
+
+
+def test_names_that_no_agent_gives_back_are_told(tmp_path: Path) -> None:
+    down(str(tmp_path / "none"))
+    (tmp_path / "by-tag").mkdir()
+    (tmp_path / "by-tag" / "some-tag").touch()
+    with pytest.raises(Conflict, match="not given back: some-tag"):
+        down(str(tmp_path))
+
+
+def test_there_is_one_agent_per_run_directory(process: Process) -> None:
+    process.hear(w.Hello)
+    with process.start("unix:/nowhere") as second:
+        _, errors = second.communicate(timeout=20)
+    assert second.returncode == 1
+    assert f"process {process.child.pid} is the agent" in errors

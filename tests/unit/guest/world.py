@@ -126,7 +126,7 @@ class World:
     def __init__(self, base: Path, **options: Any) -> None:
         self.base = base
         self.roots = trees.roots_in(base)
-        self._options = options
+        self._options = {"hand_back_seconds": 0.05} | options
         self.listening = socket.socket(socket.AF_UNIX)
         self.listening.bind(str(base / "host.sock"))
         self.listening.listen()
