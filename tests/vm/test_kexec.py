@@ -195,13 +195,8 @@ def test_a_crash_kernel_without_our_drivers_cannot_keep_a_window(world: World) -
     world.python(LOAD, "-p", BLIND)
     seen = len(world.guest.console().encode())
     crash(world)
-
-    async def second_kernel() -> None:
-        async with asyncio.timeout(SECONDS):
-            while STARTED.decode() not in world.guest.console()[seen:]:
-                await asyncio.sleep(0.1)
-
-    world.run(second_kernel())
+    seen = world.run(world.guest.see(b"Kernel panic", SECONDS, after=seen))
+    world.run(world.guest.see(STARTED, SECONDS, after=seen))
     assert [world.read(shown.tagged, 0, len(BEFORE)) for shown in (pmem, window)] == [BEFORE] * 2
     ended = world.detach(window, force=True)
     assert (ended.done, ended.rung) == (True, "revoke")

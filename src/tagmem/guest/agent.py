@@ -135,7 +135,7 @@ class Agent:
         self._then: Callable[[dict[str, Outcome]], None] = lambda _: None
         self._after: Callable[[], None] | None = None
         self._parting_until: float | None = None
-        """Set when every tag was given back and the agent is to end: the host's time for devices."""
+        """Set when every tag was given back and the agent is to end: the host has until then."""
         self._ejecting = False
         self._ended = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -96,11 +96,12 @@ class Lab:
         return Material(qemu, accel, image.kernel, initrd)
 
     def _initrd(self, spec: GuestSpec, folder: Path, qemu: Qemu, image: Image) -> Path:
-        files = dict(spec.files)
-        if spec.nested:
-            inner = images.initrd(image, folder, self.cache)
-            files = {**nested.files(qemu, image, inner), **files}
-        return images.initrd(image, folder, self.cache, files=files)
+        if not spec.nested:
+            return images.initrd(image, folder, self.cache, files=spec.files)
+        inner = images.initrd(image, folder, self.cache)
+        modules = nested.python_modules(self.cache, self.report)
+        files = {**nested.files(qemu, image, inner, modules), **spec.files}
+        return images.initrd(image, folder, self.cache, code=images.HOST_CODE, files=files)
 
     async def accel(self, qemu: Qemu) -> Accel:
         """`kvm` where a guest has booted under it on this machine, else `tcg`; asked once."""

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +154,8 @@ words = sys.argv[1:]
 sys.exit(main(words[1:] if words[:1] == ["guest"] else words))
 """
 """The guest's `tagmem`: `run` and `guest`."""
+HOST_CODE = ("__init__.py", "base", "client", "guest", "io", "ports.py", "presenter", "wire")
+"""What a guest needs that is to be the host of another."""
 _OURS = Path(__file__).parent.parent
 _INIT = Path(__file__).with_name("init.sh")
 _DEPENDS = re.compile(rb"(?:\A|\0)depends=([^\0]*)\0")
@@ -222,14 +224,16 @@ def initrd(
     cache: Path | None = None,
     *,
     source: Path | None = None,
+    code: Sequence[str] = GUEST_CODE,
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write `folder/initrd`: the image, our code of this moment over it, and `files` last.
 
-    `source` is the package `tagmem` to take the code from; by default the one that runs. `files`
+    `source` is the package `tagmem` to take the code from, by default the one that runs, and `code`
+    what of it is taken. `files`
     are by their path in the guest; what begins with `#!` may be executed.
     """
-    parts = [image.archive, _code_archive(image, cache or cache_dir(), source or _OURS)]
+    parts = [image.archive, _code_archive(image, cache or cache_dir(), source or _OURS, code)]
     if files:
         extra = folder / "files.cpio"
         with extra.open("wb") as stream:
@@ -505,8 +509,8 @@ def _module_bytes(path: Path) -> bytes:
 # ---- our code
 
 
-def _code_archive(image: Image, cache: Path, source: Path) -> Path:
-    files = list(_code_files(source))
+def _code_archive(image: Image, cache: Path, source: Path, code: Sequence[str]) -> Path:
+    files = list(_code_files(source, code))
     digest = hashlib.sha256(image.release.encode() + _PROGRAM.encode())
     for name, path in files:
         digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
@@ -535,8 +539,8 @@ def _code_archive(image: Image, cache: Path, source: Path) -> Path:
     return target
 
 
-def _code_files(source: Path) -> Iterable[tuple[str, Path]]:
-    for name in GUEST_CODE:
+def _code_files(source: Path, code: Sequence[str]) -> Iterable[tuple[str, Path]]:
+    for name in code:
         top = source / name
         found = sorted(top.rglob("*")) if top.is_dir() else [top]
         for path in found:

@@ -1,18 +1,21 @@
 """A QEMU and a guest image to be put into a guest, so that it can be a host itself.
 
 Nested guests run under emulation within emulation where there is no KVM, so what goes in is little:
-the emulator, its libraries and firmware, and the same kernel and image that the outer guest has.
+the emulator, its libraries and firmware, the same kernel and image that the outer guest has, and
+what the host's half of our own code needs of Debian's Python packages.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from tagmem.lab.errors import LabFailed
-from tagmem.lab.image import Image
-from tagmem.lab.packages import run
+from tagmem.lab.image import CODE_PLACE, RELEASE, Image
+from tagmem.lab.packages import Report, World, locked, run, silent, unpack
 from tagmem.lab.qemus import BINARY, LIBRARIES, LOADER, Qemu
 
 PLACE = "opt/qemu"
@@ -32,11 +35,63 @@ _FIRMWARE = (
 _MODULES = ("accel-tcg-x86_64.so", "accel-qtest-x86_64.so")
 
 
-def files(qemu: Qemu, image: Image, initrd: Path) -> Mapping[str, bytes]:
-    """For `GuestSpec.files`: QEMU in /opt/qemu, and a kernel with its initramfs in /boot.
+PYTHON_PACKAGES = ("python3-msgspec", "python3-qemu-qmp", "python3-typing-extensions")
+"""What the presenters import beside Python's own library."""
+_TLS = ("ssl.py", "lib-dynload/_ssl.*.so")
+"""Of Python's library: QEMU's QMP module names TLS, and nothing else in a guest does."""
+_TLS_LIBRARIES = ("libssl.so.3", "libcrypto.so.3")
 
-    `initrd` is what `image.initrd` wrote. Raises LabFailed when QEMU's libraries are not found.
+
+def python_modules(cache: Path, report: Report = silent) -> Path:
+    """The folder of those packages, unpacked; brought if the cache does not have it.
+
+    Raises LabFailed when they are not within reach.
     """
+    folder = cache / "host-python"
+    if (folder / "manifest.json").is_file():
+        return folder / "root"
+    with locked(cache, report):
+        if not (folder / "manifest.json").is_file():
+            world = World(RELEASE, cache / "apt", report)
+            packages = world.exactly(PYTHON_PACKAGES, world.backports)
+            partial = cache / "host-python.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            unpack(world.download(packages), partial / "root")
+            names = [f"{package.name}={package.version}" for package in packages]
+            (partial / "manifest.json").write_text(json.dumps(names))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            world.clean()
+    return folder / "root"
+
+
+def files(qemu: Qemu, image: Image, initrd: Path, modules: Path) -> Mapping[str, bytes]:
+    """For `GuestSpec.files`: QEMU in /opt/qemu, a kernel with its initramfs in /boot, and Python
+    modules where Python looks for them.
+
+    `initrd` is what `image.initrd` wrote, `modules` what `python_modules` brought. Raises LabFailed
+    when QEMU's libraries are not found.
+    """
+    return {**_emulator(qemu, image, initrd), **_python(image, modules)}
+
+
+def _python(image: Image, modules: Path) -> Mapping[str, bytes]:
+    top = modules / CODE_PLACE
+    found = {
+        f"{CODE_PLACE}/{path.relative_to(top)}": path.read_bytes()
+        for path in sorted(top.rglob("*"))
+        if path.is_file() and path.suffix in (".py", ".so")
+    }
+    for library in sorted(image.packages.glob("usr/lib/python3.*/")):
+        for pattern in _TLS:
+            for path in library.glob(pattern):
+                found[str(path.relative_to(image.packages))] = path.read_bytes()
+    for name in _TLS_LIBRARIES:
+        found[f"{LIBRARIES}/{name}"] = (image.packages / LIBRARIES / name).read_bytes()
+    return found
+
+
+def _emulator(qemu: Qemu, image: Image, initrd: Path) -> dict[str, bytes]:
     found = {
         f"{PLACE}/qemu": (qemu.root / BINARY).read_bytes(),
         f"{PLACE}/ld.so": (qemu.root / LOADER).read_bytes(),
@@ -44,10 +99,10 @@ def files(qemu: Qemu, image: Image, initrd: Path) -> Mapping[str, bytes]:
         KERNEL: image.kernel.read_bytes(),
         INITRD: initrd.read_bytes(),
     }
-    modules = [qemu.modules / name for name in _MODULES if (qemu.modules / name).is_file()]
-    for module in modules:
+    loadable = [qemu.modules / name for name in _MODULES if (qemu.modules / name).is_file()]
+    for module in loadable:
         found[f"{PLACE}/modules/{module.name}"] = module.read_bytes()
-    for library in _libraries(qemu, modules):
+    for library in _libraries(qemu, loadable):
         found[f"{PLACE}/lib/{library.name}"] = library.read_bytes()
     for name in _FIRMWARE:
         for folder in qemu.firmware:
