@@ -195,6 +195,32 @@ def compare(
     _show_comparison(made, output)
 
 
+@lab.command(
+    "gap",
+    short_help="Measure what virtio-mem lacks for tagged memory.",
+    example="tagmem lab gap --qemu 10.0",
+)
+@click.option("--qemu", "name", type=qemu_choice, default="11.1", show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@output_option
+def gap(name: str, quiet: bool, output: str | None) -> None:
+    """Measure what docs/virtio-mem-tags.md argues from: content, identity, removal."""
+    import asyncio
+
+    from tagmem.cli.render import to_plain
+    from tagmem.lab import virtiomem
+    from tagmem.lab.boot import Lab
+    from tagmem.lab.packages import silent
+
+    report = silent if quiet else _tell
+    found = asyncio.run(virtiomem.gap(Lab(report=report), name, report))
+    if (output or ("table" if sys.stdout.isatty() else "json")) == "json":
+        show_json(to_plain(found))
+        return
+    columns = [Column("WHAT", lambda row: row.what), Column("SEEN", lambda row: row.seen)]
+    show_table(found, columns)
+
+
 def _recorded(docs: Path) -> Any:
     import msgspec
 

@@ -245,6 +245,37 @@ def execute(ctx: click.Context, name: str, command: tuple[str, ...], tag: str) -
     raise click.exceptions.Exit(code)
 
 
+@vm.command(
+    "within",
+    short_help="In a guest: start a VM on a tag that this guest has.",
+    example="tagmem vm within $TAG --kernel vmlinuz --initrd initrd -- ./app {dax}",
+)
+@click.argument("tag")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--as", "way", default="auto", show_default=True, type=click.Choice(WAYS))
+@click.option("--qemu", default="qemu-system-x86_64", show_default=True, metavar="PROGRAM")
+@click.option("--kernel", required=True, metavar="FILE")
+@click.option("--initrd", default="", metavar="FILE")
+@click.option("--append", default="", metavar="WORDS", help="The kernel's command line.")
+@click.option("--memory", type=Size(), default="256M", show_default=True)
+@click.option("--accel", default="tcg", show_default=True)
+@click.pass_context
+def within(
+    ctx: click.Context, /, tag: str, command: tuple[str, ...], memory: int, **given: str
+) -> None:
+    """Be the host of one VM: present TAG, which this machine has by name, to a VM of its own, and
+    run COMMAND in it. Tells what it does as JSON lines; SIGTERM takes the tag back, ends the VM,
+    and ends this. A bare python3 has it as `python3 -m tagmem.presenter.within`.
+    """
+    from tagmem.presenter.within import main
+
+    given["as"] = given.pop("way")
+    words = [tag, "--run-dir", ctx.obj["run_dir"], "--memory", str(memory >> 20)]
+    for name, value in given.items():
+        words += [f"--{name}", value]
+    raise click.exceptions.Exit(main([*words, "--", *command]))
+
+
 def _show(told: Mapping[str, Any], output: str | None) -> None:
     if _is_json(output):
         show_json(told)

@@ -145,8 +145,8 @@ async def _take_back(vm: Vm, way: Presenter, shown: Presentation, tell: Tell) ->
 
 
 def _tell(event: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+    """Whoever reads it is another program: one write per line."""
+    os.write(1, json.dumps(event).encode() + b"\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
