@@ -19,6 +19,9 @@ def main() -> None:
     plain = len(given) == 3 and given[0] in _DAEMONS and given[1] == "--config"
     if plain and os.path.isfile(given[2]):
         sys.exit(_be(given[0], given[2]))
+    if len(given) == 2 and given[0] == "broker":
+        # Started by a host's agent, never by people.
+        sys.exit(_be(*given))
     from tagmem.cli import main as command_line
 
     command_line.main()
@@ -35,7 +38,8 @@ def _be(daemon: str, config: str) -> int:
     try:
         if daemon == "orchestrator":
             return programs.orchestrator(Path(config), {})
-        return (programs.appliance if daemon == "appliance" else programs.host)(Path(config))
+        others = {"appliance": programs.appliance, "broker": programs.broker}
+        return others.get(daemon, programs.host)(Path(config))
     except TagmemError as error:
         from tagmem.cli import main as command_line
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import subprocess
+
     from tagmem.agent.config import HostConfig
     from tagmem.appliance.config import ApplianceConfig
     from tagmem.orchestrator.config import OrchestratorConfig
@@ -187,6 +189,10 @@ def host(config: Path) -> int:
     return 0
 
 
+BROKER_DIRECTORY = ".broker"
+"""In `<run>/vm`, which has a directory for each VM beside it; no VM has such a name."""
+
+
 def _cgroup_name(settings: HostConfig) -> str:
     """Two hosts of one name on one machine (two systems side by side) must not share one."""
     import zlib
@@ -224,16 +230,18 @@ async def _be_host(settings: HostConfig, store: Store, devices: DaxDevices) -> N
 
 
 def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> Hypervisors:
-    """QEMU, with the broker in this process; guests without a kernel of their own are the lab's."""
+    """QEMU, and a broker of windows; guests without a kernel of their own are the lab's."""
     import msgspec
 
     from tagmem.agent.workloads import find_cgroup
     from tagmem.io import stream
-    from tagmem.presenter.broker import Broker
+    from tagmem.presenter import apart
+    from tagmem.presenter.brokerlink import BrokerLink
     from tagmem.presenter.host import Hypervisor
 
     directory = Path(settings.run) / "vm"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    windows = directory / BROKER_DIRECTORY
+    windows.mkdir(mode=0o700, parents=True, exist_ok=True)
     cgroups = find_cgroup(_cgroup_name(settings)) if settings.use_cgroup else None
 
     async def parts(spec: VmSpec, qemu: str) -> VmSpec:
@@ -244,7 +252,38 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> 
         await asyncio.to_thread(own.mkdir, exist_ok=True)
         return msgspec.structs.replace(spec, cgroup=str(own))
 
-    return Hypervisor(directory, keep, tags, Broker(stream, directory), parts, peers)
+    def broker() -> subprocess.Popen[bytes]:
+        own = None if cgroups is None else cgroups / "broker"
+        if own is not None:
+            own.mkdir(exist_ok=True)
+        line = (sys.executable, "-m", "tagmem", "broker", str(windows))
+        return apart.start(line, str(windows / "log"), cgroup=str(own or ""))
+
+    link = BrokerLink(windows, stream.connect, broker)
+    return Hypervisor(directory, keep, tags, link, parts, peers, settings.vms.broker_death)
+
+
+def broker(directory: Path) -> int:
+    """Be a host's broker of windows until nobody needs it; the exit code.
+
+    Raises Conflict when there is one already.
+    """
+    _prepare()
+    with asyncio.Runner() as runner:
+        runner.run(_broke(directory))
+    return 0
+
+
+async def _broke(directory: Path) -> None:
+    import signal
+
+    from tagmem import __version__
+    from tagmem.io import stream
+    from tagmem.presenter.brokerserver import BrokerServer
+
+    server = BrokerServer(stream, directory, __version__)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.end_soon)
+    await server.run()
 
 
 async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:

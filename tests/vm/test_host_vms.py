@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from tests.system.waiting import wait_until
-from tests.vm.world import HOLD
+from tests.vm.world import HOLD, SILENCE
 
 TAGMEM = (sys.executable, "-m", "tagmem")
 SIZE = 32 << 20
@@ -62,13 +62,19 @@ class System:
         return {"w1": {"run": run.partition("=")[2].strip().strip('"')}}
 
     def agent_pid(self) -> int:
+        return self._pid(b"host", str(self.state / "w1.toml"))
+
+    def broker_pid(self) -> int:
+        return self._pid(b"broker", f"{self.environment['TAGMEM_RUN_DIR']}/vm/.broker")
+
+    def _pid(self, verb: bytes, argument: str) -> int:
         for name in os.listdir("/proc"):
             if name.isdecimal():
                 try:
                     words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                if b"host" in words and str(self.state / "w1.toml").encode() in words:
+                if verb in words and argument.encode() in words:
                     return int(name)
         return 0
 
@@ -148,6 +154,37 @@ def test_an_agent_that_is_killed_finds_its_vm_again(system: System) -> None:
     after = wait_until(found, "the VM under the new agent")
     assert after["pid"] == before["pid"]
     assert [shown["tag"] for shown in after["tags"]] == [tag]
-    assert after["tags"][0]["guaranteed"] is False, "its window's broker is no more"
-    system.tagmem("vm", "detach", "db1", tag, "-o", "json")
+    assert after["tags"][0]["guaranteed"] is True, "its broker is a process of its own"
+    # A holder that does not let go: the bytes are taken by who did not attach them.
+    path = after["tags"][0]["guest_path"]
+    pid = system.run_in_guest("python3", "-c", HOLD, path, str(SIZE), "90")
+    refused = system.tagmem("vm", "detach", "db1", tag, "--timeout", "3", code=4)
+    assert f"process {pid}" in refused
+    system.run_in_guest("python3", "-c", SILENCE, "4")
+    taken = system.tagmem("vm", "detach", "db1", tag, "--timeout", "2", "--force", "-o", "json")
+    assert taken["rung"] == "revoke"
     system.tagmem("capacity", "release", tag, "-o", "json")
+
+
+def test_a_broker_that_is_killed_is_replaced_and_its_tags_attached_anew(system: System) -> None:
+    held, idle = system.capacity(), system.capacity()
+    told = system.tagmem("vm", "attach", "db1", held, "-o", "json")
+    system.tagmem("vm", "attach", "db1", idle, "-o", "json")
+    system.run_in_guest("python3", "-c", HOLD, told["guest_path"], str(SIZE), "90")
+    broker = system.broker_pid()
+    os.kill(broker, signal.SIGKILL)
+
+    def guaranteed() -> dict[str, bool]:
+        (vm,) = system.tagmem("vm", "list", "-o", "json")
+        return {tag["tag"]: tag["guaranteed"] for tag in vm["tags"]}
+
+    # Nobody has the one, so it was unplugged and plugged again; the other's holder is left alone.
+    wait_until(lambda: guaranteed() == {held: False, idle: True}, "the idle one in hand again")
+    assert system.broker_pid() not in (0, broker)
+    code = f"import tagmem; print(len(tagmem.open('{idle}').view))"
+    assert system.run_in_guest("python3", "-c", code) == str(SIZE)
+    gone = system.tagmem("vm", "detach", "db1", held, "--force", "-o", "json")
+    assert gone["rung"] != "stop-vm"
+    system.tagmem("vm", "detach", "db1", idle, "-o", "json")
+    for tag in (held, idle):
+        system.tagmem("capacity", "release", tag, "-o", "json")

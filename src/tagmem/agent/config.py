@@ -47,6 +47,11 @@ class VmsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     accept_migrations: bool | tuple[str, ...] = False
     """Whose agents may start a VM here and move one of theirs into it: nobody's unless said."""
+    broker_death: Literal["reattach", "keep", "stop"] = "reattach"
+    """When the process that serves guests' windows dies, nobody can take their bytes any more. Then
+    tags that nobody in a guest holds are unplugged and plugged again (`reattach`), all stay as they
+    are, told as not guaranteed (`keep`), or their VMs are stopped (`stop`).
+    """
 
 
 class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

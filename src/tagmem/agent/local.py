@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from tagmem.base.errors import InvalidInput, TagmemError, Unsupported, kind_of
+from tagmem.base.lines import Lines
 from tagmem.ports import Hypervisors
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class _Peer:
         self._connection = connection
         self._answer = answer
         self._forget = forget
-        self._data = b""
+        self._lines = Lines(LINE_BYTES_MAX)
         self._waiting: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -130,9 +131,10 @@ class _Peer:
         """Bytes; nobody has a descriptor to give us."""
         for descriptor in descriptors:
             os.close(descriptor)
-        *lines, self._data = (self._data + data).split(b"\n")
-        if len(self._data) > LINE_BYTES_MAX:
-            self._connection.close("a line is too long")
+        try:
+            lines = self._lines.feed(data)
+        except InvalidInput as error:
+            self._connection.close(str(error))
             return
         for line in lines:
             if self._waiting.qsize() >= REQUESTS_MAX:

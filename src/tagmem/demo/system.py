@@ -196,11 +196,13 @@ def remove_volatile(layout: Layout) -> None:
 
 def strays(layout: Layout, *, workloads: bool = True) -> list[Stray]:
     """Processes of this system: daemons by their configuration file, workloads by environment,
-    VMs by their sockets. People's shells have the run directory in their environment too.
+    VMs, and the brokers of their windows, by their sockets. People's shells have the run directory
+    in their environment too.
     """
     marks = {str(layout.config(daemon)).encode() for daemon in DAEMONS}
     runs = {f"TAGMEM_RUN_DIR={layout.run_dir(host)}".encode() for host in HOSTS}
     sockets = tuple(f"{layout.run_dir(host)}/vm/".encode() for host in HOSTS)
+    servants = (b"qemu-system", b"broker")
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
@@ -211,7 +213,7 @@ def strays(layout: Layout, *, workloads: bool = True) -> list[Stray]:
         except OSError:
             continue  # it ended, or is somebody else's
         workload = any(item.startswith(b"TAGMEM_WORKLOAD=") for item in environment)
-        machine = any(b"qemu-system" in item for item in argv) and any(
+        machine = any(name in item for name in servants for item in argv) and any(
             socket in item for socket in sockets for item in argv
         )
         ours = machine or (workload and not runs.isdisjoint(environment))

@@ -13,7 +13,8 @@ and take nothing: the device is unplugged, or the VM stopped. In each case the b
 the VM runs again, the device is gone, or QEMU is: `revoke` raises OutcomeUnknown until then, and
 nothing may be freed.
 
-It runs in the host agent's process or in one of its own, and is given what makes sockets.
+On a host it runs in a process of its own (`brokerserver`), so that no agent's end is its own; here
+it is given what makes sockets.
 """
 
 from __future__ import annotations
@@ -114,8 +115,9 @@ class Broker:
                 raise OutcomeUnknown(f"window {device} of {vm} is {_told(endpoint)}")
             await endpoint.change(left / SECOND)
 
-    async def found(self, vm: str, device: str, deadline_ns: Nanoseconds) -> bool:
-        """Whether the guest has read the tag's header, within so long; the guest is not asked.
+    async def found(self, vm: str, device: str, deadline_ns: Nanoseconds) -> bool | None:
+        """Whether the guest has read the tag's header, within so long; the guest is not asked. None
+        when it looked before the header was there.
 
         Its kernel looks for the header once, some milliseconds after the start of the device. On a
         host so busy that QEMU's thread did not run meanwhile there was nothing to be seen, and the
@@ -128,7 +130,7 @@ class Broker:
             if self._now() >= end or endpoint.state is State.CLOSED:
                 break
             await endpoint.change(POLL_SECONDS)
-        return bool(read)
+        return read
 
     async def revoke(
         self, vm: str, device: str, deadline_ns: Nanoseconds, *, scrap: bool = True
@@ -226,7 +228,7 @@ class VmWindows:
         """See `Broker.mapped`."""
         await self._broker.mapped(self._vm, device, deadline_ns)
 
-    async def found(self, device: str, deadline_ns: Nanoseconds) -> bool:
+    async def found(self, device: str, deadline_ns: Nanoseconds) -> bool | None:
         """See `Broker.found`."""
         return await self._broker.found(self._vm, device, deadline_ns)
 

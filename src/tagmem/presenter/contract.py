@@ -371,6 +371,12 @@ class Windows(Protocol):
     async def mapped(self, device: str, deadline_ns: Nanoseconds) -> None:
         """Return when the guest can see the bytes. Raises OutcomeUnknown, RemoteError."""
 
+    async def found(self, device: str, deadline_ns: Nanoseconds) -> bool | None:
+        """Whether the guest has read the tag's header, within so long. None: it looked before the
+        header was there, and will not look again. The guest is not asked.
+        """
+        ...
+
     async def revoke(self, device: str, deadline_ns: Nanoseconds) -> None:
         """Take the bytes out of the window. Raises OutcomeUnknown (then only ending QEMU helps)."""
 

@@ -193,7 +193,8 @@ class Endpoint:
         """
         mode = os.O_RDONLY if self.tagged.read_only else os.O_RDWR
         # Not to wait for anybody, should it be a pipe.
-        descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        careful = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = os.open(path, mode | careful)
         known = self._known.get(path)
         if known is not None and procfs.identity_of(descriptor) != known:
             os.close(descriptor)
@@ -569,8 +570,13 @@ def _check_piece(descriptor: int, piece: Piece) -> None:
         if status.st_size < piece.offset + piece.length:
             limit = f"within the {status.st_size} bytes of {piece.path}"
             raise InvalidInput("piece", limit, f"{piece.offset}+{piece.length}")
-    elif not stat.S_ISCHR(status.st_mode):
+    elif not stat.S_ISCHR(status.st_mode) or not _is_dax(status.st_rdev):
         raise InvalidInput("piece", "of a file or a DAX device", piece.path)
+
+
+def _is_dax(number: int) -> bool:
+    place = f"/sys/dev/char/{os.major(number)}:{os.minor(number)}/subsystem"
+    return os.path.basename(os.path.realpath(place)) == "dax"
 
 
 def _memory(name: str, size_bytes: Bytes) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from tagmem.base.units import GIB, SECOND, Bytes, Nanoseconds
 from tagmem.ports import Emit, HostTag, Peers
 from tagmem.presenter import survey
 from tagmem.presenter.attend import Attendant
-from tagmem.presenter.broker import Broker
+from tagmem.presenter.brokerlink import Keeper, Window
 from tagmem.presenter.choose import AUTO, all_presenters, pick
 from tagmem.presenter.common import device_id
 from tagmem.presenter.contract import (
@@ -55,6 +55,9 @@ VMS_MAX = 256
 BOOT_NS = 120 * SECOND
 STOP_NS = 10 * SECOND
 GIVEN_BACK_NS = 10 * SECOND
+REATTACH_NS = 10 * SECOND
+WINDOWED = "vhost-pmem"
+"""The way whose windows the broker serves."""
 EXEC_NS_MAX = 24 * 3600 * SECOND
 
 T = TypeVar("T", bound=Value)
@@ -171,21 +174,22 @@ class Hypervisor:
         directory: Path,
         keep: Keep,
         tags: Tags,
-        broker: Broker,
+        broker: Keeper,
         parts: Parts,
         peers: Peers | None = None,
+        broker_death: str = "reattach",
     ) -> None:
         self._directory = directory
         self._keep = keep
         self._tags = tags
         self._broker = broker
+        broker.on_lost = self._broker_died
+        self._broker_death = broker_death
         self._parts = parts
         self._peers = peers or Alone()
         self._ways = all_presenters()
         self._entries: dict[str, _Entry] = {}
         self._shown: dict[tuple[str, str], Presentation] = {}
-        self._orphaned: set[str] = set()
-        """Windows of a broker before this one."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- after a restart
@@ -200,8 +204,12 @@ class Hypervisor:
             if key.startswith("tag/"):
                 shown = msgspec.json.decode(document, type=Presentation)
                 self._shown[shown.vm, shown.tagged.tag] = shown
+        served = await self._served()
         for entry in list(self._entries.values()):
             await self._find_again(entry)
+        for vm, device in served:
+            if all(shown.device != device for shown in self._of(vm)):
+                await self._broker.forget(vm, device)
 
     async def _find_again(self, entry: _Entry) -> None:
         record = entry.record
@@ -209,7 +217,7 @@ class Hypervisor:
             await self._ended(record.name)
             return
         try:
-            self._reopen(record)
+            await self._reopen(record.name, record.pid)
             vm = await Vm.adopt(
                 record.name,
                 record.qmp,
@@ -227,17 +235,57 @@ class Hypervisor:
         else:
             self._have(entry, vm)
 
-    def _reopen(self, record: VmRecord) -> None:
-        """Look after the windows that QEMU may have still. It does not connect again (it would
-        abort), so they can be unplugged, and by force only the VM's end takes their bytes back.
+    async def _served(self) -> Collection[Window]:
+        try:
+            return await self._broker.find_again()
+        except TagmemError as error:
+            log.warning("the broker: %s", error)
+            return ()
+
+    async def _reopen(self, name: str, pid: int) -> None:
+        """Look after the windows that QEMU may have still, and no broker serves. QEMU does not
+        connect again (it would abort), so they can be unplugged, and by force only the VM's end
+        takes their bytes back.
         """
-        for shown in self._of(record.name):
-            if shown.presenter == "vhost-pmem":
+        for shown in self._of(name):
+            if shown.presenter == WINDOWED and not self._broker.knows(name, shown.device):
                 goal = Goal.REVOKED if shown.state == "revoked" else Goal.PRESENTED
-                self._broker.open(
-                    record.name, shown.device, shown.tagged, adopt=goal, qemu_pid=record.pid
-                )
-                self._orphaned.add(shown.device)
+                await self._broker.look_after(name, shown.device, shown.tagged, goal, pid)
+
+    def _broker_died(self, windows: Collection[Window]) -> None:
+        self._begin(self._recover({vm for vm, _ in windows}))
+
+    async def _recover(self, names: Collection[str]) -> None:
+        """What becomes of VMs whose windows nobody can take any more, as the host was told."""
+        for name in names:
+            entry = self._entries.get(name)
+            if entry is None or entry.vm is None:
+                continue
+            try:
+                async with entry.lock:
+                    await self._reopen(name, entry.record.pid)
+                    if self._broker_death == "reattach":
+                        await self._attach_anew(name, entry.vm)
+                if self._broker_death == "stop":
+                    await entry.vm.stop(STOP_NS)
+            except TagmemError as error:
+                log.warning("VM %s, whose windows' broker has died: %s", name, error)
+
+    async def _attach_anew(self, name: str, vm: Vm) -> None:
+        """Unplugged and plugged again a window is in hand again; who holds it in the guest is not
+        disturbed.
+        """
+        for shown in self._of(name):
+            if shown.presenter != WINDOWED or self._broker.in_hand(name, shown.device):
+                continue
+            way = self._ways[WINDOWED]
+            ended = await way.detach(shown, vm, deadline_ns=REATTACH_NS)
+            if not ended.done:
+                log.warning("tag %s stays as it is: %s", shown.tagged.tag, ended.reason)
+                continue
+            await self._hide(name, shown.tagged.tag)
+            await self._show(msgspec.structs.replace(shown, state="attaching"))
+            await self._show(await way.attach(Request(shown.tagged), vm))
 
     async def close(self) -> None:
         """See `ports.Hypervisors`."""
@@ -247,7 +295,7 @@ class Hypervisor:
             if entry.vm is not None:
                 entry.vm.on_gone = lambda: None
                 await entry.vm.close()
-        self._broker.close()
+        await self._broker.close()
 
     # ---- what is kept
 
@@ -259,7 +307,6 @@ class Hypervisor:
         await self._keep_value(f"tag/{shown.vm}/{shown.tagged.tag}", shown)
 
     async def _hide(self, vm: str, tag: str) -> None:
-        self._orphaned.discard(device_id(tag))
         if self._shown.pop((vm, tag), None) is not None:
             await self._keep_value(f"tag/{vm}/{tag}", None)
 
@@ -276,13 +323,16 @@ class Hypervisor:
             )
 
         def gone() -> None:
-            task = asyncio.get_running_loop().create_task(self._ended(entry.record.name))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._ended(entry.record.name))
 
         vm.on_gone = gone
         if vm.gone:
             gone()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _ended(self, name: str) -> None:
         """Its QEMU is no more, so nothing of a tag is in it."""
@@ -293,7 +343,8 @@ class Hypervisor:
         if entry.attendant is not None:
             entry.attendant.close()
         for shown in self._of(name):
-            self._broker.forget(name, shown.device)
+            if shown.presenter == WINDOWED:
+                await self._forget(name, shown.device)
             await self._hide(name, shown.tagged.tag)
         await self._keep_value(f"vm/{name}", None)
         if entry.vm is not None:
@@ -435,8 +486,17 @@ class Hypervisor:
             "state": shown.state,
             "size_bytes": shown.tagged.size_bytes,
             "guest_path": shown.guest_path,
-            "guaranteed": promised and shown.device not in self._orphaned,
+            "guaranteed": promised and self._in_hand(shown),
         }
+
+    def _in_hand(self, shown: Presentation) -> bool:
+        return shown.presenter != WINDOWED or self._broker.in_hand(shown.vm, shown.device)
+
+    async def _forget(self, name: str, device: str) -> None:
+        try:
+            await self._broker.forget(name, device)
+        except TagmemError as error:
+            log.warning("window %s of VM %s: %s", device, name, error)
 
     def _only_here(self, vm: str, tag: str) -> None:
         """One VM at a time: two would write the same bytes without knowing of each other."""

@@ -22,9 +22,9 @@ from typing import Any
 from qemu.qmp import QMPClient, QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
-from tagmem.base.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, RemoteError
+from tagmem.base.errors import Conflict, NotFound, OutcomeUnknown, RemoteError
 from tagmem.base.units import SECOND, Bytes, Nanoseconds
-from tagmem.presenter import survey
+from tagmem.presenter import apart, survey
 from tagmem.presenter.channel import Channel
 from tagmem.presenter.contract import VmFacts, Windows
 from tagmem.presenter.machine import VmSpec, argv
@@ -319,21 +319,7 @@ def _spawn(spec: VmSpec, log_path: str) -> subprocess.Popen[bytes]:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for stale in ("qmp", "agent"):
         (directory / stale).unlink(missing_ok=True)
-    with Path(log_path).open("ab") as output:
-        try:
-            child = subprocess.Popen(
-                line,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=dict(os.environ) | dict(spec.environment),
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise InvalidInput("qemu", f"a program ({error.strerror})", spec.qemu[:1]) from None
-    if spec.cgroup:
-        Path(spec.cgroup, "cgroup.procs").write_text(str(child.pid))
-    return child
+    return apart.start(line, log_path, environment=dict(spec.environment), cgroup=spec.cgroup)
 
 
 def _shown(error: BaseException) -> str:
