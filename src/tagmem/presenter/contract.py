@@ -225,6 +225,15 @@ class MapWindow(Value, frozen=True):
     deadline_ns: Nanoseconds
 
 
+class SeeWindow(Value, frozen=True):
+    """Wait until the guest's kernel has found the tag, or the plan stops when it looked too early;
+    a guest that has not looked in time is left alone.
+    """
+
+    device: str
+    deadline_ns: Nanoseconds
+
+
 class RevokeWindow(Value, frozen=True):
     """Take the memory out of a window, scrap memory in its place; nothing is asked of the guest."""
 
@@ -285,6 +294,7 @@ Step = (
     | MakeHeader
     | OpenWindow
     | MapWindow
+    | SeeWindow
     | RevokeWindow
     | CloseWindow
     | AskGuest

@@ -13,11 +13,12 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from tagmem.base.errors import Conflict, OutcomeUnknown, TagmemError, Unsupported
+from tagmem.base.errors import Conflict, OutcomeUnknown, RemoteError, TagmemError, Unsupported
 from tagmem.base.units import MILLISECOND, SECOND, Nanoseconds
 from tagmem.presenter.contract import (
     AskGuest,
@@ -38,6 +39,7 @@ from tagmem.presenter.contract import (
     ProveUnmapped,
     Request,
     RevokeWindow,
+    SeeWindow,
     Step,
     StopVm,
     VmFacts,
@@ -54,6 +56,7 @@ button."""
 CLEAR_AWAY_NS = 2 * SECOND
 """After the bytes were taken, how long the empty device may take to leave before it is left."""
 PROVE_NS = 2 * SECOND
+CHARDEV_NS = 5 * SECOND
 STOP_VM_NS = 10 * SECOND
 POLL_SECONDS = 0.01
 BUSY_SECONDS = 0.2
@@ -81,6 +84,10 @@ class StillMapped(Conflict):
     """QEMU still has the bytes."""
 
 
+class LookedTooEarly(Conflict):
+    """The guest's kernel has made a raw device, and will not look again."""
+
+
 class NotGone(Conflict):
     """The device is still in the VM."""
 
@@ -94,13 +101,16 @@ async def perform(step: Step, vm: Machine) -> guest.Answer | None:
     """Carry one step out. Raises RemoteError, OutcomeUnknown, Conflict."""
     match step:
         case Command():
-            await vm.execute(step.execute, step.arguments)
+            await _execute(vm, step.execute, step.arguments)
         case MakeHeader():
             await asyncio.to_thread(_write_header, step)
         case OpenWindow():
             await _open_window(step, vm)
         case MapWindow():
             await _windows(vm).mapped(step.device, step.deadline_ns)
+        case SeeWindow():
+            if await _windows(vm).found(step.device, step.deadline_ns) is None:
+                raise LookedTooEarly(f"{step.device}: the guest looked before it was mapped")
         case RevokeWindow():
             await _windows(vm).revoke(step.device, step.deadline_ns)
         case CloseWindow():
@@ -119,6 +129,19 @@ async def perform(step: Step, vm: Machine) -> guest.Answer | None:
         case StopVm():
             await vm.stop(step.deadline_ns)
     return None
+
+
+async def _execute(vm: Machine, command: str, arguments: Mapping[str, Any]) -> None:
+    """As QEMU's; a character device is busy for a moment after its device has been deleted."""
+    end = now() + CHARDEV_NS
+    while True:
+        try:
+            await vm.execute(command, arguments)
+            return
+        except RemoteError as error:
+            if command != "chardev-remove" or "busy" not in str(error) or now() >= end:
+                raise
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _windows(vm: Machine) -> Windows:
@@ -221,7 +244,7 @@ async def undo(done: Sequence[Step], vm: Machine) -> list[str]:
     for step in reversed(done):
         try:
             if isinstance(step, OpenWindow):
-                await vm.execute("chardev-remove", {"id": step.chardev})
+                await _execute(vm, "chardev-remove", {"id": step.chardev})
                 await _windows(vm).close(step.device)
             elif isinstance(step, Command) and step.undo is not None:
                 command, arguments = step.undo
@@ -261,7 +284,12 @@ class Planned:
         reason = self.can(request, facts)
         if reason is not None:
             raise Unsupported(f"{self.description.name}: {reason}")
-        plan = self.plan(request, facts)
+        return await self.carry_out(request, facts, self.plan(request, facts), vm)
+
+    async def carry_out(
+        self, request: Request, facts: VmFacts, plan: Plan, vm: Machine
+    ) -> Presentation:
+        """What a plan has made. Raises as the step that failed, after undoing."""
         answer = await carry_out(plan.steps, vm)
         return Presentation(
             request.tagged,

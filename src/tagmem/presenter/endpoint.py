@@ -169,6 +169,8 @@ class Endpoint:
         self._header = _memory("tagmem-header", HEAD_BYTES)
         os.pwrite(self._header, self._header_bytes, HEADER_AT)
         self._header_at_rest = procfs.identity_of(self._header)
+        # In a huge page what the guest reads of it cannot be told apart.
+        self._whole = os.lseek(self._header, 0, os.SEEK_DATA) == 0
 
     def find_files(self) -> None:
         """Learn where the tag's bytes are; nothing of them stays open here.
@@ -316,7 +318,7 @@ class Endpoint:
         it looked before there was one, and made a raw device: that reads the first page as well.
         """
         try:
-            if os.lseek(self._header, 0, os.SEEK_DATA) == 0:
+            if not self._whole and os.lseek(self._header, 0, os.SEEK_DATA) == 0:
                 return None
         except OSError:
             return False

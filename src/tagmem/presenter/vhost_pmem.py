@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 
-from tagmem.base.errors import OutcomeUnknown
+import msgspec
+
+from tagmem.base.errors import RemoteError, Unsupported
 from tagmem.base.limits import WINDOW_PIECES_MAX
 from tagmem.base.units import MIB, SECOND
 from tagmem.presenter import common
@@ -27,11 +29,11 @@ from tagmem.presenter.contract import (
     ProveUnmapped,
     Request,
     RevokeWindow,
+    SeeWindow,
     Step,
     VmFacts,
 )
-from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, Planned, perform
-from tagmem.wire import guest
+from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, LookedTooEarly, Planned
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,10 @@ VIRTIO_ID_PMEM = 27
 CONFIG_BYTES = 16
 START_NS = 20 * SECOND
 REVOKE_NS = 5 * SECOND
-TRIES = 3
-"""Of a guest to look for the header in time."""
+SEE_NS = 2 * SECOND
+TRIES = 4
+NO_HANDSHAKE = "vhost_backend_init failed"
+"""QEMU's words when the first messages on a new connection go wrong: nothing was plugged."""
 
 
 class VhostPmem(Planned):
@@ -108,25 +112,36 @@ class VhostPmem(Planned):
             OpenWindow(device, chardev, request.tagged, device_bytes),
             common.add_device(DRIVER, tag, bus=slot.bus, chardev=chardev, **properties),
             MapWindow(device, START_NS),
+            SeeWindow(device, SEE_NS),
             common.find_in_guest(tag),
         )
         return Plan(self.description.name, device, steps, device_bytes, slot.bus)
 
     async def attach(self, request: Request, vm: Machine) -> Presentation:
-        """As all, and again when the guest looked too early.
+        """As all, and again when the guest looked too early, or QEMU and broker did not get along.
 
-        Its driver looks for the header once, some 40 ms after it started the device, which is when
-        the memory may first be mapped. A guest that won that race has a raw namespace; plugged anew
-        it looks anew.
+        The guest's driver looks for the header once, some milliseconds after it started the device,
+        which is when the memory may first be mapped; QEMU does that in another thread, which a busy
+        host may keep waiting. A guest that won that race has a raw device, and plugged anew it
+        looks anew. The last try takes what comes: the guest's agent can have its kernel look again.
         """
-        for _ in range(TRIES - 1):
-            shown = await super().attach(request, vm)
-            if shown.guest_path or vm.guest is None or not await _looked_in_vain(shown, vm):
-                return shown
-            log.warning("tag %s: the guest looked before it was mapped", request.tagged.tag)
-            for step in self.unplan(shown, "unplug"):
-                await perform(step, vm)
-        return await super().attach(request, vm)
+        for number in range(1, TRIES + 1):
+            facts = await vm.facts()
+            reason = self.can(request, facts)
+            if reason is not None:
+                raise Unsupported(f"{self.description.name}: {reason}")
+            plan = self.plan(request, facts)
+            if number == TRIES:
+                steps = tuple(step for step in plan.steps if not isinstance(step, SeeWindow))
+                plan = msgspec.structs.replace(plan, steps=steps)
+            try:
+                return await self.carry_out(request, facts, plan, vm)
+            except (LookedTooEarly, RemoteError) as error:
+                passes = isinstance(error, LookedTooEarly) or NO_HANDSHAKE in str(error)
+                if number == TRIES or not passes:
+                    raise
+                log.warning("tag %s: try %d: %s", request.tagged.tag, number, error)
+        raise AssertionError("the last try returns or raises")
 
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
         """All four rungs but the last, which is the same for every presenter."""
@@ -145,16 +160,6 @@ class VhostPmem(Planned):
                 prove,
             )
         return ()
-
-
-async def _looked_in_vain(shown: Presentation, vm: Machine) -> bool:
-    """Whether the guest's agent says that there is no such tag; silence says nothing."""
-    assert vm.guest is not None
-    try:
-        answer = await vm.guest.ask(guest.Attach(0, shown.tagged.tag, 0), common.FIND_NS)
-    except OutcomeUnknown:
-        return False
-    return isinstance(answer, guest.Failed) and answer.code == "absent"
 
 
 def _chardev(device: str) -> str:

@@ -74,6 +74,11 @@ class FakeWindows:
     def __init__(self, log: list[str], *, stuck: bool = False) -> None:
         self.log = log
         self.stuck = stuck
+        self.looks: list[bool | None] = []
+        """What the guest is found to have seen, one attach after another; then True."""
+
+    async def found(self, device: str, deadline_ns: Nanoseconds) -> bool | None:
+        return self.looks.pop(0) if self.looks else True
 
     async def open(self, device: str, tagged: Tagged, device_bytes: Bytes) -> str:
         self.log.append("open")
@@ -99,12 +104,15 @@ class FakeMachine:
         facts: VmFacts = ROOMY,
         *answers: guest.Answer | None,
         refuse: Sequence[str] = (),
+        refusals: Sequence[tuple[str, str]] = (),
         leaves: bool = True,
         stuck: bool = False,
     ) -> None:
         self.known = facts
         self.log: list[str] = []
         self.refuse = refuse
+        self.refusals = list(refusals)
+        """(command, reason): each refuses the command once."""
         self.leaves = leaves
         self.held = True
         self.guest: FakeGuest | None = FakeGuest(*answers)
@@ -115,6 +123,10 @@ class FakeMachine:
 
     async def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
         self.log.append(command)
+        for refusal in self.refusals:
+            if refusal[0] == command:
+                self.refusals.remove(refusal)
+                raise RemoteError("QEMU", 1, refusal[1])
         if command in self.refuse:
             raise RemoteError("QEMU", 1, f"no {command}")
         return {}

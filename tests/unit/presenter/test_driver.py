@@ -12,6 +12,7 @@ from tagmem.base.errors import RemoteError, Unsupported
 from tagmem.base.units import MILLISECOND, SECOND
 from tagmem.presenter.choose import all_presenters
 from tagmem.presenter.contract import Detached, Presentation, Request
+from tagmem.presenter.vhost_pmem import TRIES
 from tagmem.wire import guest
 
 WAYS = all_presenters()
@@ -49,11 +50,48 @@ def test_nothing_is_tried_that_cannot_be() -> None:
 
 
 def test_a_guest_that_looked_too_early_gets_it_anew() -> None:
-    absent = guest.Failed(1, "absent", "there is no tagged memory")
-    vm = FakeMachine(ROOMY, absent, absent, FOUND)
+    vm = FakeMachine(ROOMY, FOUND)
+    assert vm.windows is not None
+    vm.windows.looks = [None, None]
     shown = asyncio.run(WAYS["vhost-pmem"].attach(Request(tagged()), vm))
-    assert vm.log.count("device_add") == 2
+    once = ["open", "chardev-add", "device_add", "mapped"]
+    back = ["device_del", "chardev-remove", "close"]
+    assert vm.log == [*once, *back, *once, *back, *once]
     assert shown.guest_path
+
+
+def test_a_guest_that_always_looks_too_early_is_left_to_its_agent() -> None:
+    vm = FakeMachine(ROOMY, FOUND)
+    assert vm.windows is not None
+    vm.windows.looks = [None] * 9
+    assert asyncio.run(WAYS["vhost-pmem"].attach(Request(tagged()), vm)).guest_path
+    assert vm.log.count("device_add") == TRIES
+
+
+def test_a_guest_that_has_not_looked_is_asked() -> None:
+    vm = FakeMachine(ROOMY, FOUND)
+    assert vm.windows is not None
+    vm.windows.looks = [False]
+    assert asyncio.run(WAYS["vhost-pmem"].attach(Request(tagged()), vm)).guest_path
+    assert vm.log.count("device_add") == 1
+
+
+def test_a_handshake_that_failed_is_made_again() -> None:
+    broken = ("device_add", "vhost_backend_init failed: Protocol error")
+    vm = FakeMachine(ROOMY, FOUND, refusals=[broken])
+    assert asyncio.run(WAYS["vhost-pmem"].attach(Request(tagged()), vm)).guest_path
+    assert vm.log.count("device_add") == 2
+    vm = FakeMachine(ROOMY, FOUND, refusals=[broken] * 9)
+    with pytest.raises(RemoteError, match="Protocol error"):
+        asyncio.run(WAYS["vhost-pmem"].attach(Request(tagged()), vm))
+    assert vm.log[-2:] == ["chardev-remove", "close"]
+
+
+def test_a_character_device_may_be_busy_for_a_moment() -> None:
+    busy = ("chardev-remove", "Chardev 'c' is busy")
+    vm = FakeMachine(ROOMY, RELEASED, refusals=[busy, busy])
+    assert detach(vm).done
+    assert vm.log.count("chardev-remove") == 3
 
 
 def test_the_guest_lets_go() -> None:
