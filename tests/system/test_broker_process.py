@@ -91,7 +91,7 @@ def world() -> Iterator[World]:
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - polls what other processes do
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
