@@ -17,7 +17,7 @@ tools=.cache/lock-venv
 CUSTOM_COMPILE_COMMAND="make lock" "$tools/bin/pip-compile" --quiet --upgrade \
     --generate-hashes --allow-unsafe --strip-extras --no-header \
     --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
-    --extra numpy --extra arrow --extra demo --extra dev \
+    --extra numpy --extra arrow --extra duckdb --extra demo --extra dev \
     --output-file .cache/requirements.new pyproject.toml
 {
     echo "# Made by \`make lock\` from pyproject.toml; every file is pinned by hash. Do not edit."
