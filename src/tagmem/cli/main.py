@@ -20,6 +20,7 @@ from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
 from tagmem.cli.guest import guest
 from tagmem.cli.lab import lab
+from tagmem.cli.objects import shared
 from tagmem.cli.sharing import hand_over, publish, retain
 from tagmem.cli.vm import vm
 from tagmem.cli.watch import events, explain
@@ -74,6 +75,7 @@ for command in (
     capacity,
     run,
     stop,
+    shared,
     events,
     explain,
     host,
