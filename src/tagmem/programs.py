@@ -238,6 +238,7 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> 
     from tagmem.presenter import apart
     from tagmem.presenter.brokerlink import BrokerLink
     from tagmem.presenter.host import Hypervisor
+    from tagmem.presenter.house import this_site
 
     directory = Path(settings.run) / "vm"
     windows = directory / BROKER_DIRECTORY
@@ -260,7 +261,8 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> 
         return apart.start(line, str(windows / "log"), cgroup=str(own or ""))
 
     link = BrokerLink(windows, stream.connect, broker)
-    return Hypervisor(directory, keep, tags, link, parts, peers, settings.vms.broker_death)
+    site = this_site(settings.vms.migration_address)
+    return Hypervisor(directory, keep, tags, link, parts, peers, settings.vms.broker_death, site)
 
 
 def broker(directory: Path) -> int:

@@ -264,6 +264,13 @@ class Vm:
                 return device not in await self._devices()
         return True
 
+    async def news(self, deadline_ns: Nanoseconds) -> None:
+        """Return when QEMU has told something more, or after so many nanoseconds."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_ns / SECOND):
+                await self._changed.wait()
+
     async def _devices(self) -> Sequence[str]:
         return survey.names(await self.execute("qom-list", {"path": survey.PERIPHERAL}))
 
