@@ -246,7 +246,7 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> 
     cgroups = find_cgroup(_cgroup_name(settings)) if settings.use_cgroup else None
 
     async def parts(spec: VmSpec, qemu: str) -> VmSpec:
-        spec = await _machine_parts(spec, qemu)
+        spec = await machine_parts(spec, qemu)
         if cgroups is None:
             return spec
         own = cgroups / f"vm-{spec.name}"
@@ -288,7 +288,7 @@ async def _broke(directory: Path) -> None:
     await server.run()
 
 
-async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
+async def machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
     """The QEMU of that name or path, and the lab's kernel and initial RAM disk where none are
     given.
     """

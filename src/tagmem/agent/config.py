@@ -120,8 +120,8 @@ def parse(text: str, source: str = "host.toml") -> HostConfig:
         for host in config.vms.accept_migrations:
             parse_name(host, f"{source}: vms.accept_migrations")
     if set(config.vms.migration_address) - _ADDRESS:
-        limit, value = "an IP address or a host name", config.vms.migration_address
-        raise InvalidInput(f"{source}: vms.migration_address", limit, value)
+        limit, field = "an IP address or a host name", f"{source}: vms.migration_address"
+        raise InvalidInput(field, limit, config.vms.migration_address)
     if config.limits.devices < 1:
         raise InvalidInput(f"{source}: limits.devices", "at least 1", config.limits.devices)
     return config

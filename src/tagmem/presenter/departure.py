@@ -295,7 +295,7 @@ class Departures:
                 emit({"phase": "switchover"})
                 await vm.execute("migrate-continue", {"state": "pre-switchover"})
                 continue
-            if loop.time() - told_at > TELL_NS / SECOND:
+            if status == "active" and loop.time() - told_at > TELL_NS / SECOND:
                 told_at = loop.time()
                 progress = {key: ram.get(key, 0) for key in ("transferred", "remaining", "total")}
                 named = {f"{key}_bytes": value for key, value in progress.items()}
