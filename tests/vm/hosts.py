@@ -32,6 +32,13 @@ HEAD_BYTES = 2 * MIB
 SIZE = 64 * MIB
 RAM_BYTES = 512 * MIB
 
+SITES = {
+    "w1": Site("this machine"),
+    "w2": Site("this machine"),
+    "far": Site("another machine", "127.0.0.1"),
+    "closed": Site("a machine with no address"),
+}
+
 # Counts in the tag for as long as it lives, in a session of its own; its number is told.
 COUNT = """
 import mmap, os, sys, time
@@ -151,12 +158,12 @@ class Host:
 
 
 class Pair:
-    """Hosts w1 and w2."""
+    """Hosts w1 and w2 on one machine, and two on others."""
 
     def __init__(self, runner: asyncio.Runner) -> None:
         self._runner = runner
         self.folder = Path(tempfile.mkdtemp(prefix="tagmem-move-", dir="/dev/shm"))
-        places = [str(self.folder / f"{name}-tags") for name in ("w1", "w2")]
+        places = [str(self.folder / f"{name}-tags") for name in SITES]
         self.media = ByTagMedia(self.folder, places, head_bytes=HEAD_BYTES)
         self.hosts: dict[str, Host] = {}
         self.before: Callable[[str, Mapping[str, Any]], Coroutine[Any, Any, None]] | None = None
@@ -166,8 +173,8 @@ class Pair:
         return self._runner.run(coroutine)
 
     async def boot(self) -> None:
-        for name in ("w1", "w2"):
-            self.hosts[name] = Host(self, name, Site("one-machine"))
+        for name, site in SITES.items():
+            self.hosts[name] = Host(self, name, site)
 
     async def before_call(self, host: str, request: Mapping[str, Any]) -> None:
         if self.before is not None:

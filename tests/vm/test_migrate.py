@@ -18,7 +18,6 @@ from tests.vm.hosts import COUNT, RAM_BYTES, SIZE, Host, Pair, pair, until
 from tagmem.base.errors import Conflict, NotFound, OutcomeUnknown, Unsupported
 from tagmem.base.units import GIB, MIB, SECOND
 from tagmem.presenter.choose import all_presenters
-from tagmem.presenter.house import Site
 from tagmem.presenter.migrate import forms
 
 WAYS = all_presenters()
@@ -402,8 +401,6 @@ def test_the_older_qemu_goes_to_another_machine_by_tcp(world: Pair) -> None:
     vm = Moving(world, "older")
 
     async def go() -> None:
-        for name, address in (("far", "127.0.0.1"), ("closed", "")):
-            world.hosts[name] = Host(world, name, Site(name, address))
         first, second = world.tag("w1", "far"), world.tag("w1", "far")
         await vm.start("10.0")
         shown = await vm.attach(first, "pmem")
