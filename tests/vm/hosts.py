@@ -9,6 +9,8 @@ import base64
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +23,8 @@ from tagmem.base.errors import NotFound
 from tagmem.base.units import MIB, Bytes
 from tagmem.io import stream
 from tagmem.ports import HostTag, MediaPiece
-from tagmem.presenter.broker import Broker
+from tagmem.presenter import apart
+from tagmem.presenter.brokerlink import BrokerLink
 from tagmem.presenter.host import Hypervisor
 from tagmem.presenter.house import Site
 from tagmem.programs import machine_parts
@@ -81,12 +84,22 @@ class Host:
         self.kept: dict[str, str] = {}
         self.tags: dict[str, Bytes] = {}
         self.told: list[Mapping[str, Any]] = []
+        self.brokers: list[subprocess.Popen[bytes]] = []
         self.hypervisor = self._made()
 
     def _made(self) -> Hypervisor:
-        self.broker = Broker(stream, self.run)
+        windows = self.run / "windows"
+        windows.mkdir(mode=0o700, exist_ok=True)
+
+        def spawn() -> subprocess.Popen[bytes]:
+            line = (sys.executable, "-m", "tagmem", "broker", str(windows))
+            started = apart.start(line, str(windows / "log"))
+            self.brokers.append(started)
+            return started
+
+        link = BrokerLink(windows, stream.connect, spawn)
         return Hypervisor(
-            self.run, self._keep, self._tag, self.broker, machine_parts, self, self.site
+            self.run, self._keep, self._tag, link, machine_parts, self, site=self.site
         )
 
     async def _keep(self, key: str, document: str | None) -> None:
@@ -192,6 +205,9 @@ class Pair:
                         os.kill(vm["pid"], signal.SIGKILL)
                     await host.gone(name)
             await host.hypervisor.close()
+            for broker in host.brokers:
+                broker.terminate()
+                broker.wait()
         self.media.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
