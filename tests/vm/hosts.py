@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from tests.vm.waiting import until
+
 from tagmem.appliance.media import ByTagMedia
 from tagmem.base.errors import NotFound
 from tagmem.base.units import MIB, Bytes
@@ -62,13 +64,6 @@ while True:
     memory[0:8] = number.to_bytes(8, "little")
     time.sleep(0.002)
 """
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Return when it is so."""
-    async with asyncio.timeout(seconds):
-        for _ in iter(condition, True):
-            await asyncio.sleep(0.02)
 
 
 class Host:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from tests.vm.hosts import COUNT, RAM_BYTES, SIZE, Host, Pair, pair, until
+from tests.vm.hosts import COUNT, RAM_BYTES, SIZE, Host, Pair, pair
+from tests.vm.waiting import until
 
 from tagmem.base.errors import Conflict, NotFound, OutcomeUnknown, Unsupported
 from tagmem.base.units import GIB, MIB, SECOND
