@@ -16,6 +16,7 @@ from tagmem import __version__
 from tagmem.base.errors import TagmemError
 from tagmem.cli.base import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, Command, Group
 from tagmem.cli.capacity import capacity
+from tagmem.cli.coherence import check_coherence
 from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
 from tagmem.cli.guest import guest
@@ -84,6 +85,7 @@ for command in (
     guest,
     lab,
     vm,
+    check_coherence,
     completion,
 ):
     cli.add_command(command)

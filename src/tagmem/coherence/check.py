@@ -71,6 +71,8 @@ class Plan:
     once: bool = False
     """Start the command on the first host only; it starts the others itself."""
     deadline_s: float = 60.0
+    stdout: int | None = None
+    """Where its output goes; None is ours."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ class Check:
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> Verdict:
-        """Start the command, let it end, and judge. Raises NotFound where there is no command."""
+        """Start the command, let it end, and judge. Raises NotFound (no such command), Unsupported
+        (it cannot be run).
+        """
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="tagmem-check-")))
             stack.callback(self._selector.close)
@@ -139,8 +143,8 @@ class Check:
             stack.callback(self._close_threads)
             stack.callback(self._processes.end)
             started = self._plan.hosts[:1] if self._plan.once else self._plan.hosts
-            for host in started:
-                self._start(folder, host)
+            for name in started:
+                self._start(folder, name)
             timed_out = not self._go(listener)
             codes = tuple(self._processes.codes())
         return Verdict(
@@ -155,7 +159,8 @@ class Check:
             "{dax}": str(folder / host / "dax0.1" / "dax0.1"),
         }
         command = [_fill(argument, values) for argument in self._plan.command]
-        self._processes.start(command, {**os.environ, **self._environment(folder, host)})
+        environment = {**os.environ, **self._environment(folder, host)}
+        self._processes.start(command, environment, self._plan.stdout)
 
     def _environment(self, folder: Path, host: str) -> Mapping[str, str]:
         preload = os.environ.get("LD_PRELOAD", "")
@@ -343,9 +348,7 @@ class Check:
         room = self._plan.size_bytes
         if does.moves:
             sides = (event.source, event.target)
-            loads, stores = (
-                [(at, does.size_bytes)] if at != OUTSIDE else [] for at in sides
-            )
+            loads, stores = ([(at, does.size_bytes)] if at != OUTSIDE else [] for at in sides)
         else:
             span = (event.offset, does.size_bytes)
             loads = [span] if does.loads else []

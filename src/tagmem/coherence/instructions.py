@@ -1,10 +1,10 @@
 """What an x86-64 instruction does to the memory that it faulted on: how many bytes, loaded, stored,
 written back or dropped.
 
-A page fault tells an address and whether it was a store. The rest is in the instruction's bytes, and
-of those only prefixes, opcode and the middle of ModRM are needed (Intel SDM volume 2, chapter 2 and
-appendix A). What is not known here counts as a vector's width of the encoding; what a store really
-changed is compared afterwards (`check.py`), so that a wrong guess is never a lost store.
+A page fault tells an address and whether it was a store. The rest is in the instruction's bytes,
+and of those only prefixes, opcode and the middle of ModRM are needed (Intel SDM volume 2, chapter 2
+and appendix A). What is not known here counts as a vector's width of the encoding; what a store
+really changed is compared afterwards (`check.py`), so that a wrong guess is never a lost store.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def _vector(found: _Code, code: bytes, at: int) -> int:
 
 def _special(found: _Code) -> Instruction | None:
     """Cache-line instructions, prefetches, CMPXCHG16B."""
-    if found.opcode == 0xAE and found.middle in (6, 7):
-        if found.middle == 7 or found.prefix == 0x66:
-            does = Does.WRITE_BACK if found.middle == 6 else Does.FLUSH
-            return Instruction(does, 1, loads=False, stores=False)
+    if found.opcode == 0xAE and found.middle == 6 and found.prefix == 0x66:
+        return Instruction(Does.WRITE_BACK, 1, loads=False, stores=False)
+    if found.opcode == 0xAE and found.middle == 7:
+        return Instruction(Does.FLUSH, 1, loads=False, stores=False)
     if found.opcode in (0x0D, 0x18):
         return Instruction(Does.NOTHING, 0, loads=False, stores=False)
     if found.opcode == 0xC7:
@@ -193,7 +193,7 @@ def _size_0f(found: _Code) -> int:
         return 1
     if opcode in (0xB7, 0xBF):
         return 2
-    if 0x40 <= opcode < 0x50 and not found.vector or opcode in _WORDS_0F:
+    if (0x40 <= opcode < 0x50 and not found.vector) or opcode in _WORDS_0F:
         return found.operand
     if opcode == 0xC3:
         return word

@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from tagmem.base.errors import NotFound, Unsupported
+
 _AT_REST = frozenset("SZXTt")
 """States of /proc/PID/stat in which a thread does not run by itself."""
 
@@ -23,12 +25,20 @@ class Processes:
         self._started: list[subprocess.Popen[bytes]] = []
         self._known: set[int] = set()
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Start one in a session of its own; its pid. Raises OSError."""
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], stdout: int | None
+    ) -> None:
+        """Start one in a session of its own. Raises NotFound, Unsupported (it cannot be run)."""
+        try:
+            process = subprocess.Popen(
+                command, env=environment, stdout=stdout, start_new_session=True
+            )
+        except FileNotFoundError:
+            raise NotFound(f"no such command: {command[0]}") from None
+        except OSError as error:
+            raise Unsupported(f"{command[0]} cannot be run: {error.strerror}") from None
         self._started.append(process)
         self._known.add(process.pid)
-        return process.pid
 
     def met(self, pid: int) -> None:
         """One has said that it is there."""
@@ -38,9 +48,9 @@ class Processes:
         """Find those that have not: a look through all of /proc."""
         sessions = {process.pid for process in self._started}
         for name in os.listdir("/proc"):
-            if name.isdecimal() and (fields := _fields(f"/proc/{name}/stat")):
-                if int(fields[3]) in sessions and fields[0] != "Z":
-                    self._known.add(int(name))
+            fields = _fields(f"/proc/{name}/stat") if name.isdecimal() else []
+            if fields and int(fields[3]) in sessions and fields[0] != "Z":
+                self._known.add(int(name))
 
     def at_rest(self, *, but: frozenset[int] = frozenset()) -> bool:
         """Whether no thread of any of them runs; threads of `but` are known not to."""

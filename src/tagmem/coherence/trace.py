@@ -164,3 +164,8 @@ def source_line(frame: Frame) -> str:
         return str(frame)
     place = "" if told[1].startswith("??") else f" {told[1]}"
     return f"{frame} {told[0]}{place}"
+
+
+def source_lines(site: object) -> list[str]:
+    """A place in a traced program, innermost first."""
+    return [source_line(frame) for frame in site] if isinstance(site, tuple) else []
