@@ -41,7 +41,7 @@ class Span(click.ParamType[range]):
     "check-coherence",
     cls=Run,
     short_help="Run a program on hosts whose caches lie.",
-    example="tagmem check-coherence --schedules 20 -- python3 examples/05-coherence/publish.py flush",
+    example="tagmem check-coherence -- python3 examples/05-coherence/publish.py flush",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option(
