@@ -18,7 +18,6 @@ NAMES = (
     "codec",
     "placement",
     "datapath",
-    "shared",
     "start",
     "reservations",
     "lifecycles",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from tests.vm.world import WAYS, World, booted
 
-from tagmem.base.errors import Unsupported
-from tagmem.base.units import MIB
+from tagmem.base.errors import Conflict, Unsupported
+from tagmem.base.units import MIB, SECOND
 from tagmem.lab.spec import GuestSpec
 from tagmem.presenter import survey
 from tagmem.presenter.choose import choose
@@ -20,7 +21,7 @@ from tagmem.presenter.contract import Presentation, Request
 
 SIZE = 32 * MIB
 RAM_SIZE = 128 * MIB
-SLOTS = 3
+SLOTS = 4
 
 MAPPED = [name for name, way in WAYS.items() if not way.describe().ram]
 """What applications map: they find bytes of theirs in it."""
@@ -59,13 +60,14 @@ def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue(name).tidy()
 
 
-def leave(world: World, shown: Presentation) -> None:
+def leave(world: World, shown: Presentation, *, wipe: bool = True) -> None:
     """Out of the VM again, with nothing left of it."""
     gone = world.detach(shown)
     assert gone.done, gone
     assert not world.run(world.vm.holds([shown.tagged.pieces[0].path]))
     assert shown.device not in world.run(world.vm.facts()).devices
-    world.sanitise(shown.tagged)
+    if wipe:
+        world.sanitise(shown.tagged)
 
 
 def test_the_machine_is_known_without_being_told(world: World) -> None:
@@ -178,6 +180,67 @@ def test_by_force_from_a_guest_that_never_answers(world: World, way: str) -> Non
     assert shown.device not in world.run(world.vm.facts()).devices
 
 
+def test_a_read_only_sharer_reads_and_cannot_write(world: World) -> None:
+    tagged = world.make(SIZE)
+    world.write(tagged, MIB, b"of its writer")
+    shared = msgspec.structs.replace(tagged, read_only=True, shared=True)
+    with pytest.raises(Conflict, match="may only read"):
+        world.attach("pmem", shared)
+    # A host that may write has it first, and leaves the header in front of the bytes.
+    leaving = world.attach("pmem", tagged)
+    assert world.detach(leaving).done
+    chosen = choose(WAYS, Request(shared), world.run(world.vm.facts()))
+    assert chosen.presenter == "pmem"
+    shown = world.attach("pmem", shared)
+    assert "dropped" in shown.warning
+    assert world.peek(shown, MIB, 13) == b"of its writer"
+    world.poke(shown, MIB, b"of the reader")
+    assert world.peek(shown, MIB, 13) == b"of its writer"
+    assert world.read(tagged, MIB, 13) == b"of its writer"
+    leave(world, shown)
+
+
+def test_windows_take_what_qemu_can_be_told_of(world: World) -> None:
+    """More would be plugged in, and could not be started again after a pause."""
+    taken = [world.attach("vhost-pmem", world.make(SIZE)) for _ in range(3)]
+    facts = world.run(world.vm.facts())
+    assert (facts.regions_taken, facts.window_regions) == (7, 6)
+    with pytest.raises(Unsupported, match="7 are taken and this tag takes 2"):
+        world.attach("vhost-pmem", world.make(SIZE))
+    taken.append(world.attach("ivshmem", world.make(SIZE)))
+    empty = world.make(RAM_SIZE, loaded=False)
+    for way in ("pmem", "nvdimm", "dimm", "virtio-mem", "ivshmem"):
+        with pytest.raises(Unsupported, match="8 are taken, 6 of them by windows"):
+            world.attach(way, empty)
+    world.run(world.vm.pause())
+    world.run(world.vm.resume())
+    for one in taken[:3]:
+        world.run(world.windows.mapped(one.device, 20 * SECOND))
+        world.poke(one, 0, b"after")
+        assert world.read(one.tagged, 0, 5) == b"after"
+    for one in taken:
+        leave(world, one)
+
+
+def test_a_guest_that_looks_before_it_is_mapped_gets_it_anew(world: World) -> None:
+    """QEMU's thread is kept waiting, as on a host with too much to do."""
+    world.sockets.late = 1
+    tagged = world.make(SIZE)
+    world.write(tagged, 0, b"in time")
+    # Its agent has the kernel look once more.
+    shown = world.attach("vhost-pmem", tagged)
+    assert world.sockets.late == 0
+    assert world.peek(shown, 0, 7) == b"in time"
+    leave(world, shown, wipe=False)
+    world.sockets.late = 2
+    with world.without_agent():
+        shown = world.attach("vhost-pmem", tagged)
+    assert world.sockets.late == 0
+    told = world.run(world.seek(shown))
+    assert world.peek(msgspec.structs.replace(shown, guest_path=told.path), 0, 7) == b"in time"
+    leave(world, shown)
+
+
 SLOTTED = [way for way in LEAVING if way in ("vhost-pmem", "pmem", "ivshmem")]
 
 
@@ -262,6 +325,13 @@ def test_an_nvdimm_stays_until_the_vm_ends(older: World) -> None:
     shown = older.attach("nvdimm", older.make(SIZE))
     older.poke(shown, 0, b"in an nvdimm")
     assert older.read(shown.tagged, 0, 12) == b"in an nvdimm"
+    reading = older.make(SIZE)
+    older.write(reading, 0, b"of its writer")
+    leave(older, older.attach("pmem", reading), wipe=False)
+    read_only = older.attach("nvdimm", msgspec.structs.replace(reading, read_only=True))
+    older.poke(read_only, 0, b"of the reader")
+    assert older.peek(read_only, 0, 13) == b"of its writer"
+    assert older.read(reading, 0, 13) == b"of its writer"
     kept = older.detach(shown, seconds=3, force=True)
     assert not kept.done
     assert "cannot be unplugged" in kept.reason

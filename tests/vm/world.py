@@ -9,7 +9,7 @@ import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from tagmem.lab.spec import GuestSpec
 from tagmem.ports import MediaPiece
 from tagmem.presenter.broker import Broker
 from tagmem.presenter.choose import all_presenters
-from tagmem.presenter.contract import Detached, Need, Piece, Presentation, Request, Tagged
+from tagmem.presenter.contract import Detached, Need, Piece, Presentation, Request, Tagged, Windows
 from tagmem.presenter.qemu import Vm
 from tagmem.wire import guest as wire
 
@@ -94,6 +94,29 @@ for pid in agents:
 """
 
 
+class LateSockets:
+    """`io.stream`, with which the first requests on so many channels leave half a second late."""
+
+    def __init__(self) -> None:
+        self.late = 0
+
+    def listen(self, path: Path | str, accept: Callable[[Any], None]) -> stream.Listener:
+        return stream.listen(path, accept)
+
+    def adopt(self, descriptor: int) -> stream.Connection:
+        connection = stream.adopt(descriptor)
+        if self.late:
+            self.late -= 1
+            send, loop = connection.send, asyncio.get_running_loop()
+
+            def later(data: bytes, beside: int = -1) -> None:
+                loop.call_later(0.5, send, data, beside)
+                vars(connection).pop("send", None)
+
+            vars(connection)["send"] = later
+        return connection
+
+
 class World:
     """One booted guest and everything around it."""
 
@@ -104,6 +127,7 @@ class World:
         self.media = ByTagMedia(self.folder, [str(self.host)], head_bytes=HEAD_BYTES)
         self.guest: Guest = Lab().guest(spec)
         self.broker: Broker | None = None
+        self.sockets = LateSockets()
         self.shown: list[Presentation] = []
         self._vm: Vm | None = None
 
@@ -115,9 +139,14 @@ class World:
         assert self._vm is not None
         return self._vm
 
+    @property
+    def windows(self) -> Windows:
+        assert self.vm.windows is not None
+        return self.vm.windows
+
     async def boot(self) -> None:
         await self.guest.start()
-        self.broker = Broker(stream, self.folder)
+        self.broker = Broker(self.sockets, self.folder)
         self._vm = await Vm.adopt(
             self.guest.spec.name,
             str(self.guest.places.qmp),
@@ -140,6 +169,15 @@ class World:
         self.guest.remove_logs()
         self.media.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def without_agent(self) -> Iterator[None]:
+        """The host does not know of the guest's agent."""
+        channel, self.vm._channel = self.vm._channel, None
+        try:
+            yield
+        finally:
+            self.vm._channel = channel
 
     # ---- tags
 
@@ -243,6 +281,14 @@ class World:
         assert isinstance(answer, wire.Found), answer
         found = [m for m in answer.memory if m.tag == shown.tagged.tag]
         return found[0] if found else None
+
+    async def seek(self, shown: Presentation) -> wire.Memory:
+        """What the agent knows of a tag that it was not told of."""
+        assert self.vm.guest is not None
+        request = wire.Attach(0, shown.tagged.tag, 5_000)
+        answer = await self.vm.guest.ask(request, 60 * SECOND)
+        assert isinstance(answer, wire.Attached), answer
+        return answer.memory
 
     async def reboot(self) -> None:
         """The reset button; returns when the agent of the next boot answers."""

@@ -76,7 +76,8 @@ def raw_namespaces(roots: Roots) -> list[str]:
         for name in _names(root)
         if name.startswith("namespace")
         and driver_of(os.path.realpath(f"{root}/{name}")) == "nd_pmem"
-        and attribute(f"{root}/{name}", "mode") == "raw"
+        # One that is claimed by a header's device has no driver itself, and other modes.
+        and attribute(f"{root}/{name}", "mode") in ("raw", "memory")
     ]
 
 

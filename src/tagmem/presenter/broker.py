@@ -240,6 +240,10 @@ class VmWindows:
         """See `Broker.forget`."""
         self._broker.forget(self._vm, device)
 
+    def regions(self) -> int:
+        """See `contract.Windows`."""
+        return sum(report.regions for report in self._broker.reports() if report.vm == self._vm)
+
 
 def _told(endpoint: Endpoint) -> str:
     report = endpoint.report()

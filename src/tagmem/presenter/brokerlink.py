@@ -89,6 +89,10 @@ class BrokerLink:
         """Whether the broker serves a window."""
         return self._talk is not None and (vm, device) in self._reports
 
+    def regions(self, vm: str) -> int:
+        """See `contract.Windows`."""
+        return sum(report.regions for (name, _), report in self._reports.items() if name == vm)
+
     def in_hand(self, vm: str, device: str) -> bool:
         """Whether the bytes of a window could be taken now, or when its VM runs."""
         report = self._reports.get((vm, device))
@@ -280,6 +284,10 @@ class LinkWindows:
     async def close(self, device: str) -> None:
         """See `contract.Windows`."""
         await self._link.forget(self._vm, device)
+
+    def regions(self) -> int:
+        """See `contract.Windows`."""
+        return self._link.regions(self._vm)
 
 
 class _Talk:

@@ -23,6 +23,7 @@ from tagmem.presenter.contract import (
     VmFacts,
 )
 from tagmem.wire import guest
+from tagmem.wire.vhost_user import TABLE_REGIONS_MAX
 
 HEADER_BYTES = DAX_ALIGN_BYTES
 """What a header takes in front of the bytes: the kernel wants the data aligned to 2 MiB."""
@@ -90,6 +91,8 @@ def wrong_size(request: Request, granularity: Bytes, minimum: Bytes) -> str | No
     if size % granularity:
         return f"size: must be a multiple of {format_size(granularity)}, got {size} bytes"
     for piece in request.tagged.pieces:
+        if piece.length <= 0:
+            return f"piece: must not be empty, got {piece.length} bytes"
         if piece.offset % DAX_ALIGN_BYTES or piece.length % DAX_ALIGN_BYTES:
             limit = format_size(DAX_ALIGN_BYTES)
             return f"piece: offset and length must be multiples of {limit}, got {piece.offset}"
@@ -133,12 +136,30 @@ def free_slot(vm: VmFacts, prefetch_bytes: Bytes = 0) -> Slot | str:
 
 def no_room(vm: VmFacts, size: Bytes, *, memory_slot: bool) -> str | None:
     """Why no more device memory fits."""
+    if reason := no_region(vm):
+        return reason
     if memory_slot and vm.memory_slots_free < 1:
         return "all memory slots of the machine are taken (-m slots=)"
     if vm.memory_free_bytes < size:
         left, need = format_size(vm.memory_free_bytes), format_size(size)
         return f"the machine has room for {left} of device memory (-m maxmem=), {need} are needed"
     return None
+
+
+def no_region(vm: VmFacts) -> str | None:
+    """Why QEMU, or a window, would not bear one more stretch of memory.
+
+    While a window is attached QEMU 11.1 tells its back-end of at most 8. It refuses further memory
+    devices itself; a BAR it takes, and then cannot start the window again after a pause.
+    """
+    if not vm.window_regions or vm.window_regions >= TABLE_REGIONS_MAX:
+        return None  # A window of so many pieces has another, longer way of being told.
+    if vm.regions_taken < TABLE_REGIONS_MAX:
+        return None
+    return (
+        f"beside windows (vhost-pmem) QEMU bears {TABLE_REGIONS_MAX} memory regions, "
+        f"{vm.regions_taken} are taken, {vm.window_regions} of them by windows: detach one"
+    )
 
 
 def no_head_room(tagged: Tagged) -> str | None:
@@ -156,11 +177,13 @@ def with_header(tagged: Tagged) -> tuple[Piece, MakeHeader]:
     piece = tagged.pieces[0]
     device_bytes = HEADER_BYTES + tagged.size_bytes
     whole = Piece(piece.path, piece.offset - HEADER_BYTES, device_bytes)
-    return whole, MakeHeader(tagged.tag, piece.path, whole.offset, device_bytes)
+    return whole, MakeHeader(tagged.tag, piece.path, whole.offset, device_bytes, tagged.read_only)
 
 
-def memory_file(tag: str, piece: Piece, **extra: object) -> Command:
-    """The step that makes QEMU map a stretch of a file."""
+def memory_file(tag: str, piece: Piece, *, read_only: bool = False, **extra: object) -> Command:
+    """The step that makes QEMU map a stretch of a file. Read-only, the kernel maps it so, and what
+    the guest writes is dropped: it is told nothing.
+    """
     arguments: dict[str, object] = {
         "qom-type": "memory-backend-file",
         "id": memory_id(tag),
@@ -171,6 +194,8 @@ def memory_file(tag: str, piece: Piece, **extra: object) -> Command:
     }
     if piece.offset:
         arguments["offset"] = piece.offset
+    if read_only:
+        arguments |= {"readonly": True, "rom": "on"}
     return Command("object-add", arguments | extra, ("object-del", {"id": memory_id(tag)}))
 
 
@@ -208,6 +233,13 @@ def let_go(presentation: Presentation, rung: str, *, eject: bool = False) -> Ask
 def never(reason: str) -> Impossible:
     """The step of a rung that this presenter has no way to take."""
     return Impossible(reason)
+
+
+def drops_writes(warning: str, tagged: Tagged) -> str:
+    """A presenter's warning, and what a guest of a read-only sharer must know."""
+    if not tagged.read_only:
+        return warning
+    return f"{warning}; it is read-only: what the guest writes is dropped without a word to it"
 
 
 def file_paths(tagged: Tagged) -> tuple[str, ...]:

@@ -93,6 +93,10 @@ class VmFacts(Value, frozen=True):
     """What is left of `-m slots=`."""
     memory_free_bytes: Bytes = 0
     """What is left of `-m maxmem=`."""
+    regions_taken: int = 1
+    """Stretches of memory that QEMU tells its vhost back-ends of: RAM, plugged memory, windows."""
+    window_regions: int = 0
+    """Those of them that are windows' (header and pieces); 0: no window is attached."""
     drivers: tuple[str, ...] = ()
     """Device types of ours that this QEMU can create."""
     cxl_ports: tuple[str, ...] = ()
@@ -205,6 +209,8 @@ class MakeHeader(Value, frozen=True):
     path: str
     offset: Bytes
     device_bytes: Bytes
+    read_only: bool = False
+    """This host may not write: the header must be there."""
 
 
 class OpenWindow(Value, frozen=True):
@@ -392,6 +398,10 @@ class Windows(Protocol):
 
     async def close(self, device: str) -> None:
         """Forget the window. Idempotent."""
+
+    def regions(self) -> int:
+        """Stretches of memory that the windows of this VM are made of, as far as is known."""
+        ...
 
 
 class Machine(Protocol):

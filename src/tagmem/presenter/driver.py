@@ -152,13 +152,24 @@ def _windows(vm: Machine) -> Windows:
 
 def _write_header(step: MakeHeader) -> None:
     """Outside the capacity: nothing of the tag's own bytes changes."""
-    fd = os.open(step.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    header = dax_header(step.tag, step.device_bytes)
+    at = step.offset + HEADER_AT
     try:
-        os.pwrite(fd, dax_header(step.tag, step.device_bytes), step.offset + HEADER_AT)
+        mode = os.O_RDONLY if step.read_only else os.O_RDWR
+        fd = os.open(step.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if os.pread(fd, len(header), at) == header:
+                return
+            if step.read_only:
+                raise Conflict(
+                    f"header of {step.tag}: it is not on the media, and this host may only read "
+                    "them; a host that may write puts it there (--as pmem)"
+                )
+            os.pwrite(fd, header, at)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise Conflict(f"header of {step.tag}: {error.strerror}") from error
-    finally:
-        os.close(fd)
 
 
 async def _open_window(step: OpenWindow, vm: Machine) -> None:

@@ -122,6 +122,8 @@ class Report(msgspec.Struct, frozen=True):
     """Of the tag, as far as is known."""
     must_stop_vm: bool
     """Nothing can be asked of this QEMU any more; only its end gives the bytes back."""
+    regions: int = 0
+    """Stretches of memory that it is made of."""
 
 
 Watcher = Callable[[Report], None]
@@ -347,6 +349,7 @@ class Endpoint:
             self.pid,
             mapped,
             stuck,
+            len(self.window.parts),
         )
 
     @property

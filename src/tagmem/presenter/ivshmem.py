@@ -75,7 +75,7 @@ class Ivshmem(Planned):
             return f"size: must be a power of two, got {tagged.size_bytes} bytes"
         if not tagged.dead_end:
             return "stale mappings would show the next tag's bytes: its media are not a dead end"
-        reason = common.wrong_vm(request, self.description, DRIVER, vm)
+        reason = common.wrong_vm(request, self.description, DRIVER, vm) or common.no_region(vm)
         if reason is not None:
             return reason
         slot = _slot(request, vm)

@@ -29,7 +29,7 @@ class Nvdimm(Planned):
         granularity_bytes=2 * MIB,
         minimum_bytes=2 * MIB,
         pieces=False,
-        read_only=False,
+        read_only=True,
         header_bytes=common.HEADER_BYTES,
         migration="stays",
         stock_kernel=True,
@@ -62,15 +62,17 @@ class Nvdimm(Planned):
         """Header, memory, device."""
         tag = request.tagged.tag
         whole, header = common.with_header(request.tagged)
+        read_only = request.tagged.read_only
         steps: tuple[Step, ...] = (
             header,
-            common.memory_file(tag, whole),
-            common.add_device(DRIVER, tag, memdev=common.memory_id(tag)),
+            common.memory_file(tag, whole, read_only=read_only),
+            # Unarmed is how an NVDIMM says that what is written to it may be lost.
+            common.add_device(DRIVER, tag, memdev=common.memory_id(tag), unarmed=read_only),
             common.find_in_guest(tag),
         )
-        return Plan(
-            self.description.name, common.device_id(tag), steps, whole.length, warning=WARNING
-        )
+        warning = common.drops_writes(WARNING, request.tagged)
+        device = common.device_id(tag)
+        return Plan(self.description.name, device, steps, whole.length, warning=warning)
 
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
         """The guest can be asked to stop using it; QEMU keeps it."""

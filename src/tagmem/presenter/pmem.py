@@ -43,7 +43,7 @@ class Pmem(Planned):
         granularity_bytes=2 * MIB,
         minimum_bytes=2 * MIB,
         pieces=False,
-        read_only=False,
+        read_only=True,
         header_bytes=common.HEADER_BYTES,
         migration="stays",
         stock_kernel=True,
@@ -80,7 +80,7 @@ class Pmem(Planned):
         whole, header = common.with_header(request.tagged)
         steps: tuple[Step, ...] = (
             header,
-            common.memory_file(tag, whole),
+            common.memory_file(tag, whole, read_only=request.tagged.read_only),
             common.add_device(DRIVER, tag, memdev=common.memory_id(tag), bus=slot.bus),
             common.find_in_guest(tag),
         )
@@ -90,7 +90,7 @@ class Pmem(Planned):
             steps,
             whole.length,
             slot.bus,
-            WARNING,
+            common.drops_writes(WARNING, request.tagged),
         )
 
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:

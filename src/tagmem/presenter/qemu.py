@@ -45,9 +45,6 @@ _CLASSES = {
     "KVMMissingCap": 5,
 }
 
-_RUNNING_ON: list[subprocess.Popen[bytes]] = []
-"""Children that we let go of: they are not forgotten, they outlive us."""
-
 
 class Vm:
     """`contract.Machine` on one QEMU process."""
@@ -182,8 +179,6 @@ class Vm:
         """Let go of it; it runs on."""
         if self._channel is not None:
             await self._channel.close()
-        if self._child is not None and self._child.poll() is None:
-            _RUNNING_ON.append(self._child)
         if self._listening is not None:
             self._listening.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -269,13 +264,6 @@ class Vm:
                 return device not in await self._devices()
         return True
 
-    async def news(self, deadline_ns: Nanoseconds) -> None:
-        """Return when QEMU has told something more, or after so many nanoseconds."""
-        self._changed.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline_ns / SECOND):
-                await self._changed.wait()
-
     async def _devices(self) -> Sequence[str]:
         return survey.names(await self.execute("qom-list", {"path": survey.PERIPHERAL}))
 
@@ -295,7 +283,13 @@ class Vm:
                 raise
             return VmFacts(self.name, (0, 0, 0), "gone")
         guest = self._channel.facts() if self._channel is not None else None
-        return survey.completed(found, broker=self._windows is not None, guest=guest)
+        windows = self._windows
+        return survey.completed(
+            found,
+            broker=windows is not None,
+            guest=guest,
+            window_regions=windows.regions() if windows is not None else 0,
+        )
 
     async def pause(self) -> None:
         """Stop its processors."""

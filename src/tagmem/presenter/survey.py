@@ -12,12 +12,14 @@ from typing import Any
 import msgspec
 
 from tagmem.base.errors import OutcomeUnknown, RemoteError
-from tagmem.base.units import Bytes
+from tagmem.base.units import GIB, Bytes
 from tagmem.presenter.contract import GuestFacts, Slot, Version, VmFacts
 
 PERIPHERAL = "/machine/peripheral"
 PORTS_MAX = 64
 """Root ports that are looked at."""
+LOW_RAM_BYTES = 2 * GIB
+"""Of a q35 machine, more RAM than this may lie on both sides of 4 GiB."""
 RESERVE_UNSET = (1 << 64) - 1
 DRIVERS = (
     "vhost-user-test-device-pci",
@@ -83,6 +85,7 @@ async def survey(name: str, execute: Execute, known_drivers: tuple[str, ...]) ->
             slots=await _slots(execute, devices),
             memory_slots_free=slots_free,
             memory_free_bytes=free,
+            regions_taken=_regions(memory, plugged, devices),
             drivers=known_drivers,
             devices=tuple(device for device, _ in devices),
         )
@@ -90,9 +93,19 @@ async def survey(name: str, execute: Execute, known_drivers: tuple[str, ...]) ->
         raise OutcomeUnknown(f"VM {name}: an answer of QEMU's makes no sense: {error!r}") from error
 
 
-def completed(found: VmFacts, *, broker: bool, guest: GuestFacts | None) -> VmFacts:
-    """With what QEMU does not know."""
-    return msgspec.structs.replace(found, broker=broker, guest=guest)
+def completed(
+    found: VmFacts, *, broker: bool, guest: GuestFacts | None, window_regions: int = 0
+) -> VmFacts:
+    """With what QEMU does not say. (It has a command that would tell its vhost back-ends' memory;
+    on this device x-query-virtio-status kills QEMU 11.1.)
+    """
+    return msgspec.structs.replace(
+        found,
+        broker=broker,
+        guest=guest,
+        regions_taken=found.regions_taken + window_regions,
+        window_regions=window_regions,
+    )
 
 
 def missing(vm: VmFacts) -> tuple[str, ...]:
@@ -138,6 +151,18 @@ def _room(memory: Mapping[str, Any], plugged: Sequence[Mapping[str, Any]]) -> tu
     room = int(memory.get("max-size", 0)) - int(memory.get("size", 0))
     taken = sum(1 for kind, _ in sizes if kind in ("dimm", "nvdimm"))
     return max(0, room - sum(size for _, size in sizes)), max(0, slots - taken)
+
+
+def _regions(
+    memory: Mapping[str, Any],
+    plugged: Sequence[Mapping[str, Any]],
+    devices: Sequence[tuple[str, str]],
+) -> int:
+    """What QEMU tells vhost back-ends of but windows: RAM, in two where it goes around the hole
+    below 4 GiB; each memory device; each BAR of shared memory.
+    """
+    ram = 1 if int(memory.get("size", 0)) <= LOW_RAM_BYTES else 2
+    return ram + len(plugged) + sum(kind == "ivshmem-plain" for _, kind in devices)
 
 
 async def _ram_shared(execute: Execute) -> bool:

@@ -33,7 +33,9 @@ from tagmem.presenter.contract import (
     Step,
     VmFacts,
 )
-from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, LookedTooEarly, Planned
+from tagmem.presenter.driver import PROVE_NS, UNPLUG_NS, LookedTooEarly, Planned, perform
+from tagmem.presenter.window import TABLE_PARTS_MAX, Part, lay_out
+from tagmem.wire.vhost_user import TABLE_REGIONS_MAX
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,9 @@ VIRTIO_ID_PMEM = 27
 CONFIG_BYTES = 16
 START_NS = 20 * SECOND
 REVOKE_NS = 5 * SECOND
-SEE_NS = 2 * SECOND
+SEE_NS = 1 * SECOND
 TRIES = 4
+FRAGMENTED = "in so many pieces QEMU 11.1 does not outlive a reboot of the guest: detach before it"
 NO_HANDSHAKE = "vhost_backend_init failed"
 """QEMU's words when the first messages on a new connection go wrong: nothing was plugged."""
 
@@ -63,7 +66,9 @@ class VhostPmem(Planned):
         granularity_bytes=2 * MIB,
         minimum_bytes=2 * MIB,
         pieces=True,
-        read_only=False,  # QEMU 11.1 maps what it is given writable, whatever is asked
+        # QEMU 11.1 maps writable whatever the request's flags say, and fails where the descriptor
+        # does not allow that: there is no read-only window to be had.
+        read_only=False,
         header_bytes=common.HEADER_BYTES,
         migration="refused",
         stock_kernel=True,
@@ -92,6 +97,14 @@ class VhostPmem(Planned):
             return "no broker runs on this host"
         if not vm.ram_shared:
             return "the guest's RAM must be shared (memory-backend-memfd,share=on)"
+        parts = _parts(request)
+        if len(parts) <= TABLE_PARTS_MAX or vm.window_regions:
+            taken = vm.regions_taken
+            if taken + len(parts) > TABLE_REGIONS_MAX:
+                return (
+                    f"QEMU tells a window's back-end of {TABLE_REGIONS_MAX} memory regions, "
+                    f"{taken} are taken and this tag takes {len(parts)}: detach another"
+                )
         slot = common.free_slot(vm, _window_bytes(request))
         return slot if isinstance(slot, str) else None
 
@@ -115,7 +128,9 @@ class VhostPmem(Planned):
             SeeWindow(device, SEE_NS),
             common.find_in_guest(tag),
         )
-        return Plan(self.description.name, device, steps, device_bytes, slot.bus)
+        many = len(_parts(request)) > TABLE_PARTS_MAX
+        warning = FRAGMENTED if many else ""
+        return Plan(self.description.name, device, steps, device_bytes, slot.bus, warning)
 
     async def attach(self, request: Request, vm: Machine) -> Presentation:
         """As all, and again when the guest looked too early, or QEMU and broker did not get along.
@@ -123,7 +138,7 @@ class VhostPmem(Planned):
         The guest's driver looks for the header once, some milliseconds after it started the device,
         which is when the memory may first be mapped; QEMU does that in another thread, which a busy
         host may keep waiting. A guest that won that race has a raw device, and plugged anew it
-        looks anew. The last try takes what comes: the guest's agent can have its kernel look again.
+        looks anew, if its agent has not had it look again already. The last try takes what comes.
         """
         for number in range(1, TRIES + 1):
             facts = await vm.facts()
@@ -135,7 +150,12 @@ class VhostPmem(Planned):
                 steps = tuple(step for step in plan.steps if not isinstance(step, SeeWindow))
                 plan = msgspec.structs.replace(plan, steps=steps)
             try:
-                return await self.carry_out(request, facts, plan, vm)
+                shown = await self.carry_out(request, facts, plan, vm)
+                if number == TRIES or shown.guest_path or await _has_seen(shown, vm):
+                    return shown
+                log.warning("tag %s: try %d: the guest has not found it", shown.tagged.tag, number)
+                for step in self.unplan(shown, "unplug"):
+                    await perform(step, vm)
             except (LookedTooEarly, RemoteError) as error:
                 passes = isinstance(error, LookedTooEarly) or NO_HANDSHAKE in str(error)
                 if number == TRIES or not passes:
@@ -162,8 +182,19 @@ class VhostPmem(Planned):
         return ()
 
 
+async def _has_seen(shown: Presentation, vm: Machine) -> bool:
+    """Whether the guest's kernel has the tag although no agent says so."""
+    return vm.windows is None or await vm.windows.found(shown.device, 0) is True
+
+
 def _chardev(device: str) -> str:
     return f"{device}-c"
+
+
+def _parts(request: Request) -> tuple[Part, ...]:
+    tagged = request.tagged
+    pieces = [(piece.path, piece.offset, piece.length) for piece in tagged.pieces]
+    return lay_out(pieces, read_only=tagged.read_only)
 
 
 def _window_bytes(request: Request) -> int:

@@ -77,7 +77,7 @@ def plug_raw_namespace(base: Path, name: str) -> None:
     """Persistent memory whose header came too late."""
     folder = base / "sys/bus/nd/devices" / name
     folder.mkdir(parents=True)
-    (folder / "mode").write_text("raw\n")
+    (folder / "mode").write_text("memory\n")  # as the kernel has it, and not: raw
     (folder / "driver").symlink_to("../../drivers/nd_pmem")
 
 

@@ -95,6 +95,9 @@ class FakeWindows:
     async def close(self, device: str) -> None:
         self.log.append("close")
 
+    def regions(self) -> int:
+        return 0
+
 
 class FakeMachine:
     """`contract.Machine`."""

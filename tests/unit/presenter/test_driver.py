@@ -76,6 +76,19 @@ def test_a_guest_that_has_not_looked_is_asked() -> None:
     assert vm.log.count("device_add") == 1
 
 
+def test_a_guest_that_finds_nothing_gets_it_anew() -> None:
+    absent = guest.Failed(1, "absent", "there is no tagged memory")
+    vm = FakeMachine(ROOMY, absent, FOUND)
+    assert vm.windows is not None
+    vm.windows.looks = [False, False]
+    assert asyncio.run(WAYS["vhost-pmem"].attach(Request(tagged()), vm)).guest_path
+    assert vm.log.count("device_add") == 2
+    # Whose kernel has it, and whose agent is silent, keeps it.
+    vm = FakeMachine(ROOMY, None)
+    asyncio.run(WAYS["vhost-pmem"].attach(Request(tagged()), vm))
+    assert vm.log.count("device_add") == 1
+
+
 def test_a_handshake_that_failed_is_made_again() -> None:
     broken = ("device_add", "vhost_backend_init failed: Protocol error")
     vm = FakeMachine(ROOMY, FOUND, refusals=[broken])

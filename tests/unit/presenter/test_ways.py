@@ -46,6 +46,9 @@ def test_each_says_why_not(way: str, what: Tagged, vm: VmFacts, reason: str) -> 
     assert reason in (WAYS[way].can(Request(what), vm) or "")
 
 
+FULL = replace(ROOMY, regions_taken=8, window_regions=6)
+
+
 @pytest.mark.parametrize(
     ("way", "what", "vm", "reason"),
     [
@@ -54,7 +57,19 @@ def test_each_says_why_not(way: str, what: Tagged, vm: VmFacts, reason: str) -> 
         ("vhost-pmem", tagged(4 * GIB), ROOMY, "pref64-reserve"),
         ("vhost-pmem", tagged(), replace(ROOMY, slots=()), "no pcie-root-port"),
         ("pmem", tagged(head_room_bytes=0), ROOMY, "in front of the tag"),
-        ("pmem", tagged(read_only=True), ROOMY, "read-only"),
+        ("vhost-pmem", tagged(read_only=True), ROOMY, "read-only"),
+        ("ivshmem", tagged(read_only=True), ROOMY, "read-only"),
+        (
+            "vhost-pmem",
+            tagged(),
+            replace(ROOMY, regions_taken=7),
+            "7 are taken and this tag takes 2",
+        ),
+        ("pmem", tagged(), FULL, "8 are taken, 6 of them by windows"),
+        ("nvdimm", tagged(), FULL, "8 are taken, 6 of them by windows"),
+        ("dimm", tagged(), FULL, "8 are taken, 6 of them by windows"),
+        ("virtio-mem", tagged(), FULL, "8 are taken, 6 of them by windows"),
+        ("ivshmem", tagged(), FULL, "8 are taken, 6 of them by windows"),
         ("pmem", tagged(), replace(ROOMY, memory_free_bytes=MIB), "maxmem"),
         ("pmem", tagged(), replace(ROOMY, slots=(Slot("rp1", 0, "x"),)), "all 1 slots are taken"),
         ("nvdimm", tagged(), replace(ROOMY, nvdimm=False), "nvdimm=on"),
@@ -75,6 +90,40 @@ def test_only_the_window_takes_a_tag_in_pieces() -> None:
     request = Request(tagged(pieces=two))
     able = [name for name, way in WAYS.items() if way.can(request, ROOMY) is None]
     assert able == ["vhost-pmem"]
+
+
+def test_a_tag_in_more_pieces_than_a_table_has_goes_alone() -> None:
+    pieces = tuple(Piece("/media/tag", number * GIB, 16 * MIB) for number in range(8))
+    request = Request(tagged(pieces=pieces))
+    way = WAYS["vhost-pmem"]
+    assert way.can(request, ROOMY) is None
+    assert "reboot" in way.plan(request, ROOMY).warning
+    beside = replace(ROOMY, regions_taken=3, window_regions=2)
+    assert "this tag takes 9" in (way.can(request, beside) or "")
+
+
+def test_without_windows_memory_devices_are_not_counted() -> None:
+    many = replace(ROOMY, regions_taken=20)
+    assert WAYS["pmem"].can(Request(tagged()), many) is None
+
+
+@pytest.mark.parametrize(("way", "unarmed"), [("pmem", None), ("nvdimm", True)])
+def test_a_read_only_sharer_gets_memory_that_cannot_be_written(
+    way: str, unarmed: bool | None
+) -> None:
+    request = Request(tagged(read_only=True, shared=True))
+    assert WAYS[way].can(request, ROOMY) is None
+    plan = WAYS[way].plan(request, ROOMY)
+    assert "dropped" in plan.warning
+    header, memory, device, _ = plan.steps
+    assert isinstance(header, MakeHeader)
+    assert header.read_only
+    assert isinstance(memory, Command)
+    assert memory.arguments["readonly"] is True
+    assert memory.arguments["rom"] == "on"
+    assert isinstance(device, Command)
+    assert device.arguments.get("unarmed") is unarmed
+    assert choose(WAYS, request, ROOMY).presenter == "pmem"
 
 
 @pytest.mark.parametrize(
