@@ -109,11 +109,28 @@ size = "512MiB"
 block_size = "2MiB"
 sanitise_on_release = true
 
-# Region 1: a tag may be shared between hosts.
+# Region 1: a tag may be shared between hosts, whose programs keep their caches apart themselves.
 [[region]]
-size = "256MiB"
+size = "4GiB"
 block_size = "2MiB"
 sharable = true
+sanitise_on_release = true
+
+# Region 2: the same bytes, for those who may only read what was published.
+[[region]]
+of = 1
+size = "4GiB"
+block_size = "2MiB"
+sharable = true
+read_only = true
+sanitise_on_release = true
+
+# Region 3: shared, and the hardware keeps the hosts' caches coherent.
+[[region]]
+size = "2GiB"
+block_size = "2MiB"
+sharable = true
+hardware_coherent = true
 sanitise_on_release = true
 
 # The hosts, LD 0 first: the port of each, and where it finds the bytes that it has accepted.

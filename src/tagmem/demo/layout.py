@@ -14,7 +14,7 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the tmpfs that every Linux has
 APPLIANCE = "a0"
 ORCHESTRATOR = "orchestrator"
-HOSTS = ("w1", "w2")
+HOSTS = ("w1", "w2", "w3")
 DAEMONS = (APPLIANCE, ORCHESTRATOR, *HOSTS)
 """In the order in which they start; they stop in the opposite one."""
 

@@ -29,7 +29,7 @@ from tagmem.wire.vendor import SanitiseMethod, SanitiseState
 
 TAG_BYTES = 128 * MIB
 REGION = 0
-_FIRST, _SECOND = HOSTS
+_FIRST, _SECOND, *_ = HOSTS
 _SAMPLES = 50
 _ATTEMPTS_MAX = 5
 _MAP_COLUMNS = 66

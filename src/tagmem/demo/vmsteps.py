@@ -24,7 +24,7 @@ from tagmem.demo.layout import HOSTS
 from tagmem.demo.patience import insist, until
 from tagmem.demo.steps import TAG_BYTES, Steps
 
-_FIRST, _SECOND = HOSTS
+_FIRST, _SECOND, *_ = HOSTS
 _GUESTS = {_FIRST: "db1", _SECOND: "db2"}
 _GUEST_PORT = 11211
 _BOOT_SECONDS = 120.0

@@ -132,7 +132,7 @@ def test_help_loads_neither_documents_nor_tables_nor_http() -> None:
 
 def test_completion_answers_a_shell() -> None:
     ended = tagmem(
-        _TAGMEM_COMPLETE="bash_complete", COMP_WORDS="tagmem capacity re", COMP_CWORD="2"
+        _TAGMEM_COMPLETE="bash_complete", COMP_WORDS="tagmem capacity rel", COMP_CWORD="2"
     )
     assert ended.stdout.split() == ["plain,release"]
 
