@@ -18,7 +18,14 @@ from tagmem.domain import invariants
 from tagmem.domain.invariants import DeviceExtent
 from tagmem.domain.machine import OrchestratorMachine
 from tagmem.domain.outcome import Outcome
-from tagmem.domain.records import ApplianceState, AttachmentState, LdRecord, RegionRecord, Sharing
+from tagmem.domain.records import (
+    ApplianceState,
+    AttachmentState,
+    LdRecord,
+    Reference,
+    RegionRecord,
+    Sharing,
+)
 from tagmem.ports import Effect, Event, Loaded, Step, Tick
 
 A0 = ApplianceId("a0")
@@ -28,8 +35,11 @@ BLOCK = 2 * MIB
 REGIONS = (
     RegionRecord(0, 0, 32 * BLOCK, BLOCK),
     RegionRecord(1, 1, 16 * BLOCK, BLOCK, sharable=True, hardware_coherent=True),
+    RegionRecord(2, 2, 16 * BLOCK, BLOCK, sharable=True),
+    RegionRecord(3, 2, 16 * BLOCK, BLOCK, sharable=True, read_only=True),
 )
-LDS = tuple(LdRecord(n, (Dpa(0), Dpa(4 * GIB)), mirrored=n == 2) for n in range(3))
+BASES = tuple(Dpa(n * 4 * GIB) for n in range(4))
+LDS = tuple(LdRecord(n, BASES, mirrored=n == 2) for n in range(3))
 
 
 class Device:
@@ -41,6 +51,9 @@ class Device:
         self.held: dict[tuple[str, int], ev.InitiateAdd] = {}
         self.dirty: dict[str, tuple[int, ev.InitiateAdd]] = {}
         """Being sanitised: the last holder's LD and what it held."""
+        self.referenced: set[str] = set()
+        self.had: dict[str, ev.InitiateAdd] = {}
+        """Of each tag that some host has ever taken and that is not clean since: its last add."""
         self.log: list[Event] = []
 
     @staticmethod
@@ -52,24 +65,58 @@ class Device:
         key = (effect.tag, effect.ld)
         if key in self.pending or key in self.held:
             return 0x1E
-        users = {**self.pending, **self.held}
         if effect.shared:
-            if not any(tag == effect.tag for tag, _ in self.held):
+            if not self.live(effect.tag):
                 return 0x02
         else:
-            for other in users.values():
-                if other.region == effect.region and set(other.extents) & set(effect.extents):
+            kept = {(tag, -1): self.had[tag] for tag in self.referenced}
+            for other in {**self.pending, **self.held, **kept}.values():
+                if self.overlap(other, effect):
                     return 0x1E
             for _, gone in self.dirty.values():
-                if gone.region == effect.region and set(gone.extents) & set(effect.extents):
+                if self.overlap(gone, effect):
                     return 0x05
         self.pending[key] = effect
         return 0
 
+    @staticmethod
+    def overlap(one: ev.InitiateAdd, other: ev.InitiateAdd) -> bool:
+        same = REGIONS[one.region].pool == REGIONS[other.region].pool
+        return same and bool(set(one.extents) & set(other.extents))
+
+    def used(self, tag: str) -> bool:
+        return any(other == tag for other, _ in {**self.held, **self.pending})
+
+    def live(self, tag: str) -> bool:
+        return tag in self.referenced or self.used(tag)
+
+    def refer(self, effect: ev.SetReference) -> int:
+        """A return code of CXL."""
+        tag = effect.tag
+        if effect.wanted:
+            sharable = self.live(tag) and tag in self.had and REGIONS[self.had[tag].region].sharable
+            if not sharable:
+                return 0x02
+            self.referenced.add(tag)
+        elif tag not in self.referenced:
+            return 0x02
+        else:
+            self.referenced.discard(tag)
+            self._wipe_if_last(tag, self.had[tag])
+        return 0
+
+    def _wipe_if_last(self, tag: str, effect: ev.InitiateAdd) -> bool:
+        if self.live(tag) or self.had.pop(tag, None) is None:
+            return False
+        self.dirty[tag] = (effect.ld, effect)
+        return True
+
     def answer(self, key: tuple[str, int], accept: bool) -> None:
         effect = self.pending.pop(key)
         if accept:
-            self.held[key] = effect
+            self.held[key] = self.had[key[0]] = effect
+        else:
+            self._wipe_if_last(key[0], effect)
         extents = effect.extents if accept else ()
         self.log.append(
             ev.HostAnswered(
@@ -79,11 +126,16 @@ class Device:
 
     def give_back(self, key: tuple[str, int]) -> None:
         effect = self.held.pop(key)
-        tag, ld = key
-        if any(other == tag for other, _ in {**self.held, **self.pending}):
+        if not self._wipe_if_last(key[0], effect):
             self._returned(effect)
-        else:
-            self.dirty[tag] = (ld, effect)
+
+    def reset_head(self, ld: int) -> None:
+        """Shared capacity of one head is lost to all who share it; no host is told."""
+        for tag, one in sorted(self.held):
+            if one == ld and REGIONS[self.held[tag, one].region].sharable:
+                for other in sorted(self.held):
+                    if other[0] == tag:
+                        self.give_back(other)
 
     def sanitised(self, tag: str) -> None:
         self._returned(self.dirty.pop(tag)[1])
@@ -95,7 +147,9 @@ class Device:
 
     def force(self, effect: ev.InitiateRelease) -> None:
         key = (effect.tag, effect.ld)
-        self.pending.pop(key, None)
+        offered = self.pending.pop(key, None)
+        if offered is not None:
+            self._wipe_if_last(effect.tag, offered)
         if key in self.held:
             self.give_back(key)
 
@@ -111,8 +165,11 @@ class Device:
                 tags.setdefault(self.name(effect), ([], []))[place].append(effect.ld)
         for _, gone in self.dirty.values():
             tags.setdefault(self.name(gone), ([], []))
+        for kept in self.referenced:
+            tags.setdefault(Tag(kept), ([], []))
         listed = tuple(
-            ev.ListedTag(tag, tuple(a), tuple(p), False) for tag, (a, p) in sorted(tags.items())
+            ev.ListedTag(tag, tuple(a), tuple(p), tag in self.referenced)
+            for tag, (a, p) in sorted(tags.items())
         )
         return ev.ApplianceSnapshot(A0, held, listed)
 
@@ -161,13 +218,21 @@ class World(RuleBasedStateMachine):
         tag=st.sampled_from(TAGS),
         blocks=st.integers(1, 12),
         hosts=st.lists(st.sampled_from(HOSTS), unique=True, max_size=3),
-        kind=st.sampled_from(("tagged", "untagged", "shared")),
+        kind=st.sampled_from(("tagged", "untagged", *list(Sharing)[1:])),
         contiguous=st.booleans(),
+        retain=st.booleans(),
     )
     def create(
-        self, tag: Tag, blocks: int, hosts: list[HostId], kind: str, contiguous: bool
+        self,
+        tag: Tag,
+        blocks: int,
+        hosts: list[HostId],
+        kind: str | Sharing,
+        contiguous: bool,
+        retain: bool,
     ) -> None:
-        shared = kind == "shared"
+        sharing = kind if isinstance(kind, Sharing) else Sharing.NONE
+        shared = sharing in (Sharing.HARDWARE_COHERENT, Sharing.SOFTWARE_COHERENT)
         ready = self.machine.state.appliances["a0"].state is ApplianceState.READY
         step = self.do(
             ev.CreateCapacity(
@@ -175,8 +240,9 @@ class World(RuleBasedStateMachine):
                 blocks * BLOCK,
                 tuple(hosts if shared else hosts[:1]),
                 tagged=kind != "untagged",
-                sharing=Sharing.HARDWARE_COHERENT if shared else Sharing.NONE,
+                sharing=sharing,
                 contiguous=contiguous,
+                retain=retain and sharing is not Sharing.NONE,
             )
         )
         assert ready or step.reply.outcome is not Outcome.CREATED
@@ -192,6 +258,26 @@ class World(RuleBasedStateMachine):
     )
     def release(self, tag: Tag, host: str, up_to: str) -> None:
         self.do(ev.ReleaseCapacity(tag, host, up_to))
+
+    @rule(
+        tag=st.sampled_from(TAGS),
+        source=st.sampled_from(HOSTS),
+        taker=st.sampled_from(HOSTS),
+        up_to=st.sampled_from(("detach", "force")),
+    )
+    def hand_over(self, tag: Tag, source: HostId, taker: HostId, up_to: str) -> None:
+        self.do(ev.HandOver(tag, source, taker, up_to))
+
+    @rule(
+        tag=st.sampled_from(TAGS),
+        hosts=st.lists(st.sampled_from(HOSTS), unique=True, min_size=1, max_size=3),
+    )
+    def publish(self, tag: Tag, hosts: list[HostId]) -> None:
+        self.do(ev.PublishCapacity(tag, tuple(hosts)))
+
+    @rule(tag=st.sampled_from(TAGS), retain=st.booleans())
+    def retain(self, tag: Tag, retain: bool) -> None:
+        self.do(ev.RetainCapacity(tag, retain))
 
     # ---- the link to the appliance
 
@@ -220,6 +306,9 @@ class World(RuleBasedStateMachine):
         if isinstance(effect, ev.FenceHost):
             self.mapped.discard((effect.tag, effect.host))
             return ev.FenceEnded(effect.id, effect.tag, effect.host, 0)
+        if isinstance(effect, ev.SetReference):
+            code = self.device.refer(effect)
+            return ev.ReferenceSet(effect.id, effect.tag, effect.wanted, code)
         assert isinstance(effect, ev.InitiateRelease)
         assert (effect.tag, effect.host) not in self.mapped
         self.device.force(effect)
@@ -304,7 +393,7 @@ class World(RuleBasedStateMachine):
         wanted = self.machine.desired(host, key[0])
         accept = willing and wanted is not None and not wanted.released
         self.device.answer(key, accept)
-        if accept:
+        if accept and wanted is not None and not wanted.held_back:
             self.mapped.add((key[0], host))
 
     def _uses(self) -> list[tuple[str, int]]:
@@ -331,6 +420,10 @@ class World(RuleBasedStateMachine):
         """Somebody else took it from a host by force, and its processes know nothing of that."""
         self.device.give_back(data.draw(st.sampled_from(sorted(self.device.held))))
 
+    @rule(ld=st.integers(0, 2))
+    def reset_head(self, ld: int) -> None:
+        self.device.reset_head(ld)
+
     @rule(tag=st.sampled_from(TAGS), host=st.sampled_from(HOSTS), stale=st.booleans())
     def report(self, tag: Tag, host: HostId, stale: bool) -> None:
         """A host says what it has: true of now, but perhaps of an older wish."""
@@ -339,7 +432,9 @@ class World(RuleBasedStateMachine):
             return
         revision = wanted.revision - 1 if stale else wanted.revision
         holds = (tag, HOSTS.index(host)) in self.device.held or (tag, host) in self.mapped
-        if holds:
+        if holds and not wanted.held_back:
+            if not wanted.released and (tag, wanted.ld) in self.device.held:
+                self.mapped.add((tag, host))
             event = ev.HostObserved(host, tag, revision, "attached", dax_path="/x")
         else:
             # With a wish to release there is nothing left; otherwise it is yet to come.
@@ -409,6 +504,25 @@ class World(RuleBasedStateMachine):
     def what_is_dirty_is_not_free(self) -> None:
         for tag in self.device.dirty:
             assert tag in self.machine.state.capacities, f"{tag} is dirty and free"
+
+    @invariant()
+    def what_is_kept_is_not_wiped(self) -> None:
+        """A reference that is known to be held keeps the bytes, whatever hosts do."""
+        for tag, capacity in self.machine.state.capacities.items():
+            if capacity.reference is Reference.HELD:
+                assert tag not in self.device.dirty, f"{tag} is kept and wiped"
+
+    @invariant()
+    def what_has_one_writer_has_one(self) -> None:
+        """Of read-only capacity nobody writes when others read, nor two before that."""
+        for tag, capacity in self.machine.state.capacities.items():
+            if capacity.sharing is not Sharing.READ_ONLY:
+                continue
+            held = [e for (name, _), e in self.device.held.items() if name == tag]
+            writers = [e for e in held if not REGIONS[e.region].read_only]
+            assert not writers or len(writers) == len(held), f"{tag} is read and written"
+            mapped = [host for name, host in self.mapped if name == tag]
+            assert capacity.published or len(mapped) <= 1, f"{mapped} write {tag}"
 
     def teardown(self) -> None:
         """Let everything happen that is on its way: then all that was to be given back is free."""

@@ -21,7 +21,7 @@ from tagmem.base.units import MIB
 from tagmem.client.session import Client
 from tagmem.demo import system
 from tagmem.demo.chaos import kill, running
-from tagmem.demo.layout import DAEMONS, Layout
+from tagmem.demo.layout import DAEMONS, HOSTS, Layout
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO_SECONDS = 100
@@ -139,10 +139,10 @@ def test_up_runs_until_down_and_twice_is_fine(tmp_path: Path) -> None:
         assert running(layout) == pids
 
         with Client(system.url(layout)) as client:
-            assert client.health().hosts_connected == 2
+            assert client.health().hosts_connected == len(HOSTS)
             regions = client.appliance("a0").regions
-            assert len(regions) == 2
-            assert [region.sharable for region in regions] == [False, True]
+            assert len(regions) == 4
+            assert [region.sharable for region in regions] == [False, True, True, True]
 
         ended = tagmem("down", "--state-dir", state)
         assert ended.returncode == 0, ended.stdout

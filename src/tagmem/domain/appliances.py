@@ -46,6 +46,7 @@ from tagmem.domain.records import (
     Extent,
     Reference,
     ReleasePlan,
+    Sharing,
 )
 from tagmem.domain.requests import problem
 from tagmem.domain.turn import Turn
@@ -341,12 +342,27 @@ def host_answered(turn: Turn, event: HostAnswered) -> None:
 
 
 def _declined(turn: Turn, record: AttachmentRecord) -> None:
+    _read_if_last(turn, record)
     if record.state in attachments.LEAVING:
         turn.move(record, Happening.DECLINED, gone=True, proved=True)
         return
     reason = record.reason or "the host refused the offer"
     if turn.move(record, Happening.DECLINED, reason=reason, ready=False) is not None:
         turn.note("capacity.refused", record.tag, host=record.host, reason=reason)
+
+
+def _read_if_last(turn: Turn, record: AttachmentRecord) -> None:
+    """Of shared capacity the last to go may be one that refuses it: those before it were told to
+    have returned it, and yet the appliance wipes the media only now. The lists tell when.
+    """
+    capacity = turn.state.capacities[record.tag]
+    if capacity.sharing is Sharing.NONE:
+        return
+    others = [r for r in turn.state.attachments[record.tag].values() if r is not record]
+    last = all(r.state in attachments.OVER or r.gone for r in others)
+    if others and last and capacity.reference is Reference.NONE:
+        turn.put_capacity(replace(capacity, reference=Reference.DROPPING))
+        turn.read_appliance(capacity.appliance)
 
 
 def accepted(
@@ -416,6 +432,10 @@ def gone(turn: Turn, record: AttachmentRecord, rest: tuple[Extent, ...]) -> None
     """The host no longer has what is not in `rest`; without a wish for that, it is a fault that
     people see.
     """
+    if record.state in attachments.WANTED and record.state is not AttachmentState.ATTACHED:
+        # An offer that was taken back before its answer: nothing else will be heard of it.
+        turn.read_appliance(record.appliance)
+        return
     if rest:
         turn.move(record, Happening.RETURNED, held=rest)
         if record.state is AttachmentState.ATTACHED:

@@ -150,7 +150,8 @@ def check_sharing(state: State, capacity: CapacityRecord) -> None:
     if capacity.sharing is Sharing.READ_ONLY:
         if capacity.published and writers:
             raise InvariantViolated(f"{writers[0].key} writes what is published")
-        able = [r for r in writers if not moves.held_back(capacity, r.host)]
+        wanted = [r for r in writers if r.state in attachments.WANTED]
+        able = [r for r in wanted if not moves.held_back(capacity, r.host)]
         if len(able) > 1:
             raise InvariantViolated(f"{capacity.tag} has {len(able)} writers")
     if capacity.published is False and len(writers) < len(living):

@@ -31,6 +31,7 @@ from tagmem.domain.records import (
     QuarantineRecord,
     Reference,
     ReleasePlan,
+    Sharing,
 )
 from tagmem.domain.turn import Turn
 
@@ -178,7 +179,9 @@ def _compare_reference(turn: Turn, lists: _Lists, tag: str) -> None:
     """Take over whether there is a reference; what is still to be asked for is asked again."""
     capacity = turn.state.capacities[tag]
     there = lists.referenced(capacity)
-    unclean = capacity.reference is not Reference.NONE and lists.sanitising(capacity)
+    records = turn.state.attachments.get(tag, {}).values()
+    shared = capacity.sharing is not Sharing.NONE and not any(record.held for record in records)
+    unclean = lists.sanitising(capacity) and (shared or capacity.reference is not Reference.NONE)
     found = Reference.HELD if there else Reference.DROPPING if unclean else Reference.NONE
     # Whatever was on its way has not been carried out, or is seen here; settling asks anew.
     turn.end_effect(turn.state.effect_for(SetReference, tag, ""))
