@@ -18,6 +18,7 @@ NAMES = (
     "codec",
     "placement",
     "datapath",
+    "shared",
     "start",
     "reservations",
     "lifecycles",

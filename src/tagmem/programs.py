@@ -238,6 +238,7 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> 
     from tagmem.presenter import apart
     from tagmem.presenter.brokerlink import BrokerLink
     from tagmem.presenter.host import Hypervisor
+    from tagmem.presenter.house import this_site
 
     directory = Path(settings.run) / "vm"
     windows = directory / BROKER_DIRECTORY
@@ -245,7 +246,7 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> 
     cgroups = find_cgroup(_cgroup_name(settings)) if settings.use_cgroup else None
 
     async def parts(spec: VmSpec, qemu: str) -> VmSpec:
-        spec = await _machine_parts(spec, qemu)
+        spec = await machine_parts(spec, qemu)
         if cgroups is None:
             return spec
         own = cgroups / f"vm-{spec.name}"
@@ -260,7 +261,8 @@ def _hypervisors(settings: HostConfig, keep: Keep, tags: Tags, peers: Peers) -> 
         return apart.start(line, str(windows / "log"), cgroup=str(own or ""))
 
     link = BrokerLink(windows, stream.connect, broker)
-    return Hypervisor(directory, keep, tags, link, parts, peers, settings.vms.broker_death)
+    site = this_site(settings.vms.migration_address)
+    return Hypervisor(directory, keep, tags, link, parts, peers, settings.vms.broker_death, site)
 
 
 def broker(directory: Path) -> int:
@@ -286,7 +288,7 @@ async def _broke(directory: Path) -> None:
     await server.run()
 
 
-async def _machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
+async def machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
     """The QEMU of that name or path, and the lab's kernel and initial RAM disk where none are
     given.
     """

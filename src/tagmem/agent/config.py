@@ -16,6 +16,8 @@ from tagmem.base.ids import parse_name
 from tagmem.base.limits import DAX_ALIGN_BYTES
 from tagmem.base.units import MILLISECOND, Bytes, Dpa, parse_size
 
+_ADDRESS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:.-")
+
 
 class Appliance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One `[[appliance]]`."""
@@ -52,6 +54,9 @@ class VmsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tags that nobody in a guest holds are unplugged and plugged again (`reattach`), all stay as they
     are, told as not guaranteed (`keep`), or their VMs are stopped (`stop`).
     """
+    migration_address: str = ""
+    """Of this host, where QEMU listens (on a port that it chooses) for a VM from another machine;
+    empty: none comes. Neither encrypted nor authenticated: an address in a network of the hosts."""
 
 
 class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +119,9 @@ def parse(text: str, source: str = "host.toml") -> HostConfig:
     if not isinstance(config.vms.accept_migrations, bool):
         for host in config.vms.accept_migrations:
             parse_name(host, f"{source}: vms.accept_migrations")
+    if set(config.vms.migration_address) - _ADDRESS:
+        limit, field = "an IP address or a host name", f"{source}: vms.migration_address"
+        raise InvalidInput(field, limit, config.vms.migration_address)
     if config.limits.devices < 1:
         raise InvalidInput(f"{source}: limits.devices", "at least 1", config.limits.devices)
     return config

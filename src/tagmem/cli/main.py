@@ -16,10 +16,12 @@ from tagmem import __version__
 from tagmem.base.errors import TagmemError
 from tagmem.cli.base import EXIT_CODES, EXIT_FAILED, EXIT_USAGE, Command, Group
 from tagmem.cli.capacity import capacity
+from tagmem.cli.coherence import check_coherence
 from tagmem.cli.daemons import demo, down, orchestrator, up
 from tagmem.cli.fabric import appliance, host
 from tagmem.cli.guest import guest
 from tagmem.cli.lab import lab
+from tagmem.cli.objects import shared
 from tagmem.cli.sharing import hand_over, publish, retain
 from tagmem.cli.vm import vm
 from tagmem.cli.watch import events, explain
@@ -74,6 +76,7 @@ for command in (
     capacity,
     run,
     stop,
+    shared,
     events,
     explain,
     host,
@@ -82,6 +85,7 @@ for command in (
     guest,
     lab,
     vm,
+    check_coherence,
     completion,
 ):
     cli.add_command(command)

@@ -15,7 +15,7 @@ from types import FrameType
 
 from tagmem.base.errors import Conflict, InvalidInput
 from tagmem.coherence.caches import LINE_BYTES, Caches
-from tagmem.coherence.luck import Finding, Luck, lines
+from tagmem.coherence.luck import Luck, lines
 from tagmem.shared.coherence import KindName
 
 WORD_BYTES = 8
@@ -167,51 +167,3 @@ def site() -> Site:
             found.append((frame.f_code.co_filename, frame.f_lineno))
         frame = frame.f_back
     return tuple(found)
-
-
-def tell_site(where: object) -> str:
-    """`site` as people read it: file:line, innermost first."""
-    if not isinstance(where, tuple):
-        return str(where) if where else "?"
-    return " < ".join(f"{file}:{line}" for file, line in where)
-
-
-def tell(finding: Finding, names: tuple[str, ...], show: Callable[[object], str]) -> str:
-    """A finding as two or three lines."""
-    store = finding.store
-    span = f"bytes {finding.offset} to {finding.offset + finding.length - 1}"
-    if finding.access == "end":
-        return (
-            f"{finding.missing}: host {names[store.host]} stored the word at {finding.offset} "
-            f"and never published it\n  stored (step {store.at}): {show(store.site)}"
-        )
-    noticed = ""
-    if finding.loaded_at:
-        noticed = (
-            f"\n  noticed by a load of host {names[finding.loaded_by]} "
-            f"(step {finding.loaded_at}): {show(finding.loaded_site)}"
-        )
-    return (
-        f"{finding.missing}: a {finding.access} of host {names[finding.host]}, {span} "
-        f"(line {finding.line}), depended on luck\n"
-        f"  {finding.access} (step {finding.at}): {show(finding.site)}\n"
-        f"  stored by host {names[store.host]} (step {store.at}): {show(store.site)}; "
-        f"{_state(finding)}{noticed}"
-    )
-
-
-def _state(finding: Finding) -> str:
-    """How far the store had come, and what the reader did."""
-    store = finding.store
-    parts = [
-        f"written back at step {store.flushed}" if store.flushed else "never written back",
-    ]
-    if store.flushed:
-        parts.append(f"fenced at step {store.published}" if store.published else "never fenced")
-    if finding.host != store.host:
-        when = finding.invalidated
-        parts.append(
-            f"{'line last invalidated at step ' + str(when) if when else 'line never invalidated'}"
-            " by the reader"
-        )
-    return ", ".join(parts)

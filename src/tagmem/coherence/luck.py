@@ -293,12 +293,10 @@ class Luck:
             return Missing.FLUSH if store.dropped else None
         if not store.published:
             return Missing.FLUSH
-        if store.published > invalidated:
-            return Missing.INVALIDATE
         seen = self._seen[host][store.host]
         if store.at < seen < store.published:
             return Missing.FENCE if store.flushed < seen else Missing.LATE
-        return None
+        return Missing.INVALIDATE if store.published > invalidated else None
 
     def _overwrite(
         self, slots: list[Store | Spoilt | None], new: Store, start: int, end: int

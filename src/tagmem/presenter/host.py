@@ -14,7 +14,7 @@ import base64
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -28,24 +28,41 @@ from tagmem.base.errors import (
     Unsupported,
 )
 from tagmem.base.ids import parse_name, parse_tag
-from tagmem.base.units import GIB, SECOND, Bytes, Nanoseconds
+from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.ports import Emit, HostTag, Peers
 from tagmem.presenter import survey
+from tagmem.presenter.arrival import Arrivals
 from tagmem.presenter.attend import Attendant
 from tagmem.presenter.brokerlink import Keeper, Window
-from tagmem.presenter.choose import AUTO, all_presenters, pick
+from tagmem.presenter.choose import all_presenters, pick
 from tagmem.presenter.common import device_id
 from tagmem.presenter.contract import (
     Detached,
-    Need,
     Piece,
     Presentation,
     Request,
     Tagged,
     Value,
 )
+from tagmem.presenter.departure import Departures
+from tagmem.presenter.house import House, Site, this_site
 from tagmem.presenter.machine import VmSpec
+from tagmem.presenter.migrate import Build, Later
 from tagmem.presenter.qemu import Vm, started_at
+from tagmem.presenter.requests import (
+    Adopt,
+    Attach,
+    Detach,
+    Migrate,
+    Named,
+    Run,
+    Start,
+    VmRecord,
+    build_of,
+    read,
+    rebuildable,
+    same_machine,
+)
 from tagmem.presenter.window import Goal
 from tagmem.wire import guest
 
@@ -60,90 +77,12 @@ WINDOWED = "vhost-pmem"
 """The way whose windows the broker serves."""
 EXEC_NS_MAX = 24 * 3600 * SECOND
 
-T = TypeVar("T", bound=Value)
 Keep = Callable[[str, str | None], Awaitable[None]]
 """(key, document): durable when it returns; None forgets."""
 Tags = Callable[[str], HostTag]
 """Raises NotFound for a tag that this host does not have."""
 Parts = Callable[[VmSpec, str], Awaitable[VmSpec]]
 """Completes a machine that names no kernel: QEMU by name, kernel and initial RAM disk."""
-
-
-class VmRecord(Value, frozen=True):
-    """What is kept of a VM. Key: `vm/NAME`."""
-
-    name: str
-    qmp: str
-    agent: str = ""
-    pid: int = 0
-    """0: it was to be started."""
-    started_at: int = 0
-    """When the process began, in the kernel's ticks: a number alone may be another's by now."""
-    directory: str = ""
-    """Empty: somebody else started it."""
-    cgroup: str = ""
-
-
-class Start(Value, frozen=True):
-    """`start`."""
-
-    name: str
-    memory_bytes: Bytes = 1 * GIB
-    cpus: int = 1
-    qemu: str = "11.1"
-    kernel: str = ""
-    initrd: str = ""
-    append: str = ""
-    nvdimm: bool = False
-    forwards: tuple[tuple[int, int], ...] = ()
-    """(port of this machine's loopback, TCP port of the guest)."""
-    wait: bool = True
-    """Until the guest's agent answers."""
-
-
-class Adopt(Value, frozen=True):
-    """`adopt`."""
-
-    name: str
-    qmp: str
-    agent: str = ""
-    pid: int = 0
-
-
-class Named(Value, frozen=True):
-    """`show`, `stop`."""
-
-    name: str
-
-
-class Attach(Value, frozen=True):
-    """`attach`."""
-
-    name: str
-    tag: str
-    way: str = AUTO
-    overwrite: bool = False
-    """What the tag has may be lost."""
-    need: Need = Need()
-
-
-class Detach(Value, frozen=True):
-    """`detach`."""
-
-    name: str
-    tag: str
-    deadline_ns: Nanoseconds = 10 * SECOND
-    force: bool = False
-    may_stop_vm: bool = False
-
-
-class Run(Value, frozen=True):
-    """`exec`."""
-
-    name: str
-    argv: tuple[str, ...]
-    tag: str = ""
-    env: dict[str, str] = {}
 
 
 class Alone:
@@ -161,6 +100,8 @@ class _Entry:
         self.record = record
         self.vm: Vm | None = None
         self.trouble = ""
+        self.busy = ""
+        """Why nothing may be changed in it now."""
         self.lock = asyncio.Lock()
         """One attach or detach at a time: slots are judged and taken in one go."""
         self.attendant: Attendant | None = None
@@ -178,6 +119,7 @@ class Hypervisor:
         parts: Parts,
         peers: Peers | None = None,
         broker_death: str = "reattach",
+        site: Site | None = None,
     ) -> None:
         self._directory = directory
         self._keep = keep
@@ -186,11 +128,13 @@ class Hypervisor:
         broker.on_lost = self._broker_died
         self._broker_death = broker_death
         self._parts = parts
-        self._peers = peers or Alone()
         self._ways = all_presenters()
         self._entries: dict[str, _Entry] = {}
         self._shown: dict[tuple[str, str], Presentation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        house = self._house(site or this_site())
+        self._arrivals = Arrivals(house)
+        self._departures = Departures(house, peers or Alone())
 
     # ---- after a restart
 
@@ -210,6 +154,8 @@ class Hypervisor:
         for vm, device in served:
             if all(shown.device != device for shown in self._of(vm)):
                 await self._broker.forget(vm, device)
+        await self._arrivals.restore(kept)
+        await self._departures.restore(kept)
 
     async def _find_again(self, entry: _Entry) -> None:
         record = entry.record
@@ -264,7 +210,7 @@ class Hypervisor:
             try:
                 async with entry.lock:
                     await self._reopen(name, entry.record.pid)
-                    if self._broker_death == "reattach":
+                    if self._broker_death == "reattach" and not entry.busy:
                         await self._attach_anew(name, entry.vm)
                 if self._broker_death == "stop":
                     await entry.vm.stop(STOP_NS)
@@ -289,6 +235,8 @@ class Hypervisor:
 
     async def close(self) -> None:
         """See `ports.Hypervisors`."""
+        self._arrivals.close()
+        self._departures.close()
         for entry in self._entries.values():
             if entry.attendant is not None:
                 entry.attendant.close()
@@ -387,24 +335,31 @@ class Hypervisor:
             nvdimm=request.nvdimm,
             forwards=request.forwards,
         )
-        record = VmRecord(
-            request.name, f"{directory}/qmp", f"{directory}/agent", directory=str(directory)
-        )
-        entry = self._entries[request.name] = _Entry(record)
-        try:
-            spec = await self._parts(spec, request.qemu)
-            record = entry.record = msgspec.structs.replace(record, cgroup=spec.cgroup)
-            await self._keep_value(f"vm/{request.name}", record)
-            vm = await Vm.start(spec, self._broker.windows(request.name))
-        except TagmemError:
-            await self._ended(request.name)
-            raise
-        entry.record = msgspec.structs.replace(record, pid=vm.pid, started_at=started_at(vm.pid))
-        await self._keep_value(f"vm/{request.name}", entry.record)
-        self._have(entry, vm)
+        vm, entry = await self._launch(spec, request.qemu, build_of(request, spec))
         if request.wait and vm.guest is not None:
             await vm.guest.greeted(BOOT_NS)
         return await self._describe(entry)
+
+    async def _launch(
+        self, spec: VmSpec, qemu: str, build: Build | None, busy: str = ""
+    ) -> tuple[Vm, _Entry]:
+        """On record before QEMU is started; nothing is left of one that did not start."""
+        name, where = spec.name, spec.directory
+        record = VmRecord(name, f"{where}/qmp", f"{where}/agent", directory=where, build=build)
+        entry = self._entries[name] = _Entry(record)
+        entry.busy = busy
+        try:
+            spec = await self._parts(spec, qemu)
+            record = entry.record = msgspec.structs.replace(record, cgroup=spec.cgroup)
+            await self._keep_value(f"vm/{name}", record)
+            vm = await Vm.start(spec, self._broker.windows(name))
+        except TagmemError:
+            await self._ended(name)
+            raise
+        entry.record = msgspec.structs.replace(record, pid=vm.pid, started_at=started_at(vm.pid))
+        await self._keep_value(f"vm/{name}", entry.record)
+        self._have(entry, vm)
+        return vm, entry
 
     async def _adopt(self, request: Adopt) -> dict[str, Any]:
         self._new(request.name)
@@ -423,6 +378,7 @@ class Hypervisor:
 
     async def _stop(self, request: Named) -> dict[str, Any]:
         entry = self._entry(request.name)
+        _idle(entry)
         await self._vm(entry).stop(STOP_NS)
         await self._ended(request.name)
         return {"name": request.name, "state": "ended"}
@@ -458,24 +414,29 @@ class Hypervisor:
     async def _attach(self, request: Attach) -> dict[str, Any]:
         tag = parse_tag(request.tag)
         entry = self._entry(request.name)
-        vm = self._vm(entry)
         async with entry.lock:
+            _idle(entry)
             tagged = _tagged(self._tags(tag), overwrite=request.overwrite)
-            self._only_here(request.name, tag)
             wanted = Request(tagged, request.need)
-            way, choice = pick(self._ways, wanted, await vm.facts(), request.way)
-            name = way.describe().name
-            begun = Presentation(tagged, request.name, name, device_id(tag), "attaching")
-            await self._show(begun)
-            try:
-                shown = await way.attach(wanted, vm)
-            except OutcomeUnknown:
-                raise  # Something of it may be there: it stays on record, and a detach clears it.
-            except TagmemError:
-                await self._hide(request.name, tag)
-                raise
-            await self._show(shown)
-        return self._brief(shown) | {"why": choice.why, "warning": shown.warning}
+            shown, why = await self._put(entry, wanted, request.way)
+        return self._brief(shown) | {"why": why, "warning": shown.warning}
+
+    async def _put(self, entry: _Entry, wanted: Request, name: str) -> tuple[Presentation, str]:
+        """Attach, on record before it is; and why in this way."""
+        vm, tag = self._vm(entry), wanted.tagged.tag
+        self._only_here(vm.name, tag)
+        way, choice = pick(self._ways, wanted, await vm.facts(), name)
+        name = way.describe().name
+        await self._show(Presentation(wanted.tagged, vm.name, name, device_id(tag), "attaching"))
+        try:
+            shown = await way.attach(wanted, vm)
+        except OutcomeUnknown:
+            raise  # Something of it may be there: it stays on record, and a detach clears it.
+        except TagmemError:
+            await self._hide(vm.name, tag)
+            raise
+        await self._show(shown)
+        return shown, choice.why
 
     def _brief(self, shown: Presentation) -> dict[str, Any]:
         promised = self._ways[shown.presenter].describe().guaranteed
@@ -529,15 +490,27 @@ class Hypervisor:
         entry = self._entries.get(shown.vm)
         if entry is None:
             return Detached(done=True, rung="stop-vm", reason="QEMU has ended")
-        vm = self._vm(entry)
+        _idle(entry)
         async with entry.lock:
-            ended = await self._ways[shown.presenter].detach(
-                shown, vm, deadline_ns=deadline_ns, force=force, may_stop_vm=may_stop_vm
-            )
-            if ended.presentation is not None:
-                await self._show(ended.presentation)
-            elif ended.done:
-                await self._hide(shown.vm, shown.tagged.tag)
+            _idle(entry)
+            return await self._remove(entry, shown, deadline_ns, force, may_stop_vm)
+
+    async def _remove(
+        self,
+        entry: _Entry,
+        shown: Presentation,
+        deadline_ns: Nanoseconds,
+        force: bool,
+        may_stop_vm: bool,
+    ) -> Detached:
+        """Detach; what is left of it is on record."""
+        ended = await self._ways[shown.presenter].detach(
+            shown, self._vm(entry), deadline_ns=deadline_ns, force=force, may_stop_vm=may_stop_vm
+        )
+        if ended.presentation is not None:
+            await self._show(ended.presentation)
+        elif ended.done:
+            await self._hide(shown.vm, shown.tagged.tag)
         return ended
 
     async def release(self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool) -> str:
@@ -580,6 +553,53 @@ class Hypervisor:
             raise OutcomeUnknown(f"guest {request.name}: {type(answer).__name__} for a command")
         return {"exit_code": answer.code, "dropped_bytes": answer.dropped_bytes}
 
+    # ---- from host to host
+
+    def _house(self, site: Site) -> House:
+        """What migrations may do here."""
+
+        async def occupy(name: str, why: str) -> None:
+            entry = self._entry(name)
+            async with entry.lock:
+                entry.busy = why
+
+        async def attach(name: str, todo: Later) -> Presentation:
+            tagged = _tagged(self._tags(todo.tag), overwrite=todo.overwrite)
+            shown, _ = await self._put(self._entry(name), Request(tagged), todo.way)
+            return shown
+
+        async def take(shown: Presentation, deadline_ns: Nanoseconds, force: bool) -> Detached:
+            return await self._remove(self._entry(shown.vm), shown, deadline_ns, force, False)
+
+        async def launch(name: str, build: Build, words: tuple[str, ...]) -> Vm:
+            spec = same_machine(build, name, str(self._directory / name), ("-S", *words))
+            vm, _ = await self._launch(spec, build.qemu, build, busy=f"VM {name} is arriving")
+            return vm
+
+        def vacant(name: str, tags: tuple[str, ...]) -> None:
+            if name:
+                self._new(name)
+            for tag in tags:
+                self._only_here(name, tag)
+
+        return House(
+            site,
+            self._ways,
+            lambda name: self._vm(self._entry(name)),
+            lambda name: rebuildable(self._entry(name).record),
+            self._of,
+            occupy,
+            attach,
+            take,
+            self._show,
+            launch,
+            self._ended,
+            vacant,
+            lambda tag: _tagged(self._tags(tag), overwrite=False),
+            self._keep_value,
+            self._directory,
+        )
+
     # ---- the local API
 
     async def call(self, request: Mapping[str, Any], emit: Emit) -> Mapping[str, Any]:
@@ -587,35 +607,39 @@ class Hypervisor:
         body = {name: value for name, value in request.items() if name != "vm"}
         match request.get("vm"):
             case "start":
-                return await self._start(_read(body, Start))
+                return await self._start(read(body, Start))
             case "adopt":
-                return await self._adopt(_read(body, Adopt))
+                return await self._adopt(read(body, Adopt))
             case "list":
                 return await self._list()
             case "show":
-                return await self._describe(self._entry(_read(body, Named).name), whole=True)
+                return await self._describe(self._entry(read(body, Named).name), whole=True)
             case "stop":
-                return await self._stop(_read(body, Named))
+                return await self._stop(read(body, Named))
             case "attach":
-                return await self._attach(_read(body, Attach))
+                return await self._attach(read(body, Attach))
             case "detach":
-                return await self._detach(_read(body, Detach))
+                return await self._detach(read(body, Detach))
             case "exec":
-                return await self._run(_read(body, Run), emit)
+                return await self._run(read(body, Run), emit)
+            case "migrate":
+                return await self._departures.migrate(read(body, Migrate), emit)
+            case "migrate-cancel":
+                return self._departures.cancel(read(body, Named).name)
             case other:
-                verbs = "start, adopt, list, show, stop, attach, detach, exec"
+                verbs = (
+                    "start, adopt, list, show, stop, attach, detach, exec, migrate, migrate-cancel"
+                )
                 raise InvalidInput("vm", f"one of {verbs}", other)
 
     async def serve(self, from_host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `ports.Hypervisors`."""
-        raise InvalidInput("vm", "a request between hypervisors", request.get("vm"))
+        return await self._arrivals.serve(from_host, request)
 
 
-def _read(body: Mapping[str, Any], kind: type[T]) -> T:
-    try:
-        return msgspec.convert(dict(body), kind)
-    except msgspec.ValidationError as error:
-        raise InvalidInput("request", "as documented", str(error)) from None
+def _idle(entry: _Entry) -> None:
+    if entry.busy:
+        raise Conflict(entry.busy)
 
 
 def _remove_cgroup(path: str) -> None:

@@ -45,6 +45,9 @@ _CLASSES = {
     "KVMMissingCap": 5,
 }
 
+_RUNNING_ON: list[subprocess.Popen[bytes]] = []
+"""Children that we let go of: they are not forgotten, they outlive us."""
+
 
 class Vm:
     """`contract.Machine` on one QEMU process."""
@@ -179,6 +182,8 @@ class Vm:
         """Let go of it; it runs on."""
         if self._channel is not None:
             await self._channel.close()
+        if self._child is not None and self._child.poll() is None:
+            _RUNNING_ON.append(self._child)
         if self._listening is not None:
             self._listening.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -263,6 +268,13 @@ class Vm:
                 # The event may have come before we listened: QEMU's own list counts.
                 return device not in await self._devices()
         return True
+
+    async def news(self, deadline_ns: Nanoseconds) -> None:
+        """Return when QEMU has told something more, or after so many nanoseconds."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_ns / SECOND):
+                await self._changed.wait()
 
     async def _devices(self) -> Sequence[str]:
         return survey.names(await self.execute("qom-list", {"path": survey.PERIPHERAL}))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tagmem.shared.catalogue import Reinitialised as Reinitialised
     from tagmem.shared.coherence import HardwareCoherent as HardwareCoherent
     from tagmem.shared.coherence import SoftwareCoherent as SoftwareCoherent
+    from tagmem.shared.coherence import publish as publish
+    from tagmem.shared.coherence import refresh as refresh
     from tagmem.shared.lines import NoLines as NoLines
     from tagmem.shared.lines import cpu_lines as cpu_lines
     from tagmem.shared.memory import MappedMemory as MappedMemory
@@ -39,6 +41,8 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "Shared": ("tagmem.shared.objects", "Shared"),
     "cpu_lines": ("tagmem.shared.lines", "cpu_lines"),
     "create": ("tagmem.shared.objects", "create"),
+    "publish": ("tagmem.shared.coherence", "publish"),
+    "refresh": ("tagmem.shared.coherence", "refresh"),
     "open": ("tagmem.shared.objects", "open"),
 }
 

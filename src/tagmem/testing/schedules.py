@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tagmem.coherence.caches import HABITS, Caches
-from tagmem.coherence.hosts import SimulatedHost, tell, tell_site
+from tagmem.coherence.hosts import SimulatedHost
 from tagmem.coherence.luck import Finding, Luck
+from tagmem.coherence.report import report, tell
 from tagmem.shared.coherence import Memory
 
 Program = Callable[[Memory, int], None]
@@ -44,7 +45,7 @@ class Outcome:
         lines = [f"seed {self.seed}:"]
         if self.finding is not None:
             names = tuple(f"h{number}" for number in range(64))
-            lines.append(tell(self.finding, names, tell_site))
+            lines.append(tell(report(self.finding, names, _lines_of)))
         lines += [f"{type(error).__name__}: {error}" for error in self.errors]
         return "\n".join(lines)
 
@@ -143,3 +144,8 @@ class Schedule:
             return
         self._left = self.chance.randrange(self._turn_accesses)
         self._turns[self._live[self.chance.randrange(len(self._live))]].release()
+
+
+def _lines_of(site: object) -> list[str]:
+    """`hosts.site` as file:line, innermost first."""
+    return [f"{file}:{line}" for file, line in site] if isinstance(site, tuple) else []
