@@ -404,10 +404,18 @@ class Hypervisors(Protocol):
         """
         ...
 
-    async def release(self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool) -> str:
+    def holding(self, tag: str) -> str:
+        """Which VMs have a tag and in which way, as a sentence; empty when none has."""
+        ...
+
+    async def release(
+        self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool, up_to: str = "detach"
+    ) -> str:
         """Take a tag out of every VM; why that did not work, or nothing.
 
-        Guests are asked for half of the time; then it is taken from them where it can be.
+        Guests are asked for half of the time; then it is taken from them where it can be. A VM that
+        has its RAM in the tag is its application: `up_to` `ask`, it is asked to shut down, and
+        `stop`, it is ended after that; only `detach` concerns the tags that VMs were given.
         """
         ...
 

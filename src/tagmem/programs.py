@@ -311,6 +311,9 @@ async def machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
         )
     else:
         spec = msgspec.structs.replace(spec, qemu=(qemu,))
+    special = any(node.specific_purpose for node in spec.nodes)
+    if special:
+        spec = await asyncio.to_thread(_with_firmware, spec)
     if spec.kernel:
         return spec
     made = await asyncio.to_thread(image.get)
@@ -320,3 +323,23 @@ async def machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
     modules = (*MODULES, "virtio_net") if spec.forwards else MODULES
     append = f"{kernel_line(GuestSpec(name=spec.name, modules=modules))} {spec.append}".strip()
     return msgspec.structs.replace(spec, kernel=str(made.kernel), initrd=str(initrd), append=append)
+
+
+def _with_firmware(spec: VmSpec) -> VmSpec:
+    """With firmware that passes specific-purpose memory on. Raises Unsupported where none is."""
+    import msgspec
+
+    from tagmem.base.errors import Unsupported
+    from tagmem.lab import firmware
+    from tagmem.lab.errors import LabFailed
+    from tagmem.lab.packages import cache_dir
+
+    directory = Path(spec.directory)
+    directory.mkdir(0o700, parents=True, exist_ok=True)
+    files = directory / "firmware.fd", directory / "variables.fd"
+    try:
+        firmware.place(files, cache_dir())
+    except LabFailed as error:
+        why = "SeaBIOS and older edk2 hide specific-purpose memory from the guest"
+        raise Unsupported(f"--specific-purpose: {why}, and {error}") from None
+    return msgspec.structs.replace(spec, firmware=(str(files[0]), str(files[1])))

@@ -28,16 +28,18 @@ class System:
         self.state = state
         self.environment = dict(os.environ) | {"TAGMEM_STATE_DIR": str(state)}
 
-    def tagmem(self, *words: str, code: int = 0) -> Any:
+    def tagmem(self, *words: str, code: int | None = 0) -> Any:
+        """What it says; `code`: how it must end, None for any failure."""
         ran = subprocess.run(
             [*TAGMEM, *words], env=self.environment, capture_output=True, text=True, timeout=150
         )
-        assert ran.returncode == code, f"{words}: {ran.returncode}: {ran.stderr}"
+        ended = ran.returncode == code if code is not None else ran.returncode != 0
+        assert ended, f"{words}: {ran.returncode}: {ran.stderr}"
         return json.loads(ran.stdout) if ran.stdout.startswith(("{", "[")) else ran.stderr
 
-    def run_in_guest(self, *words: str) -> str:
+    def run_in_guest(self, *words: str, vm: str = "db1") -> str:
         ran = subprocess.run(
-            [*TAGMEM, "vm", "exec", "db1", "--", *words],
+            [*TAGMEM, "vm", "exec", vm, "--", *words],
             env=self.environment,
             capture_output=True,
             text=True,

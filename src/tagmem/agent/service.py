@@ -311,7 +311,10 @@ class HostService:
         task.add_done_callback(lambda _: self._detaching.pop(order.tag, None))
 
     async def _take_back(self, vms: Hypervisors, order: DetachGuests) -> None:
-        why = await vms.release(order.tag, order.deadline_ns, may_stop_vm=order.may_stop_vm)
+        self.engine.post(GuestsAsked(order.tag, vms.holding(order.tag)))
+        why = await vms.release(
+            order.tag, order.deadline_ns, may_stop_vm=order.may_stop_vm, up_to=order.up_to
+        )
         self.engine.post(GuestsAsked(order.tag, why))
 
     def _source_path(self, appliance: str, tag: str) -> str:

@@ -36,6 +36,8 @@ class DetachGuests(Effect, frozen=True):
     tag: str
     deadline_ns: Nanoseconds
     may_stop_vm: bool
+    up_to: str = "detach"
+    """The highest rung that is allowed: below `detach`, it concerns VMs whose RAM is in the tag."""
 
 
 class VmTable:

@@ -109,11 +109,45 @@ def vm(ctx: click.Context, run_dir: str) -> None:
     help="A TCP port of this machine's loopback, and the guest's that it leads to.",
 )
 @click.option("--wait/--no-wait", default=True, show_default=True, help="For the guest's agent.")
+@click.option(
+    "--memory-from",
+    "tags",
+    metavar="TAG",
+    multiple=True,
+    help="Beside --memory, RAM in this tag, as a NUMA node of its own. May be repeated.",
+)
+@click.option(
+    "--latency-ns", type=click.IntRange(1, 60_000), help="Of that node, as the guest is told."
+)
+@click.option("--bandwidth", type=Size(), help="Of that node, in a second.")
+@click.option("--overwrite", is_flag=True, help="What the tag has may be lost.")
+@click.option(
+    "--specific-purpose",
+    is_flag=True,
+    help="Not RAM but a DAX device of the guest's (QEMU 11.1, UEFI firmware).",
+)
 @output_option
 @click.pass_context
 def start(ctx: click.Context, /, memory: int, output: str | None, **given: Any) -> None:
-    """Start a VM with the guest agent in it; it outlives the host agent."""
-    _show(_one(ctx, "start", memory_bytes=memory, **given), output)
+    """Start a VM with the guest agent in it; it outlives the host agent.
+
+    With --memory-from the VM itself holds the tag: releasing it asks the guest to shut down, then
+    ends QEMU.
+    """
+    latency, bandwidth = given.pop("latency_ns"), given.pop("bandwidth")
+    options = {name: given.pop(name) for name in ("overwrite", "specific_purpose")}
+    if latency is not None:
+        options["latency_ns"] = latency
+    if bandwidth is not None:
+        options["bandwidth_bytes"] = bandwidth
+    tags = given.pop("tags")
+    if not tags and any(options.values()):
+        raise click.UsageError(
+            "--latency-ns, --bandwidth, --overwrite and --specific-purpose"
+            " say something of --memory-from"
+        )
+    memory_from = [{"tag": tag, **options} for tag in tags]
+    _show(_one(ctx, "start", memory_bytes=memory, memory_from=memory_from, **given), output)
 
 
 @vm.command(

@@ -83,6 +83,10 @@ class Metered:
         """See `contract.Machine`."""
         return await self._vm.size_of(device)
 
+    async def wait_gone(self, deadline_ns: Nanoseconds) -> bool:
+        """See `contract.Machine`."""
+        return await self._vm.wait_gone(deadline_ns)
+
     async def stop(self, deadline_ns: Nanoseconds) -> None:
         """See `contract.Machine`."""
         await self._vm.stop(deadline_ns)

@@ -429,6 +429,10 @@ class Machine(Protocol):
         """What virtio-mem has plugged of itself."""
         ...
 
+    async def wait_gone(self, deadline_ns: Nanoseconds) -> bool:
+        """Whether QEMU's process ends within so many nanoseconds."""
+        ...
+
     async def stop(self, deadline_ns: Nanoseconds) -> None:
         """End QEMU. Returns when its process is gone; raises OutcomeUnknown while it is not."""
 

@@ -30,7 +30,7 @@ from tagmem.base.errors import (
 from tagmem.base.ids import parse_name, parse_tag
 from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.ports import Emit, HostTag, Peers
-from tagmem.presenter import survey
+from tagmem.presenter import ram, survey
 from tagmem.presenter.arrival import Arrivals
 from tagmem.presenter.attend import Attendant
 from tagmem.presenter.brokerlink import Keeper, Window
@@ -128,7 +128,7 @@ class Hypervisor:
         broker.on_lost = self._broker_died
         self._broker_death = broker_death
         self._parts = parts
-        self._ways = all_presenters()
+        self._ways = all_presenters() | {ram.NAME: ram.Ram()}
         self._entries: dict[str, _Entry] = {}
         self._shown: dict[tuple[str, str], Presentation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -261,13 +261,17 @@ class Hypervisor:
     def _of(self, name: str) -> list[Presentation]:
         return [shown for (vm, _), shown in self._shown.items() if vm == name]
 
+    def _given(self, name: str) -> list[Presentation]:
+        """What was given to a VM that ran: not its RAM, which no word of the guest takes away."""
+        return [shown for shown in self._of(name) if shown.presenter != ram.NAME]
+
     # ---- VMs come and go
 
     def _have(self, entry: _Entry, vm: Vm) -> None:
         entry.vm, entry.trouble = vm, ""
         if vm.guest is not None:
             entry.attendant = Attendant(
-                vm.guest, lambda: self._of(vm.name), self._given_back, self._show
+                vm.guest, lambda: self._given(vm.name), self._given_back, self._show
             )
 
         def gone() -> None:
@@ -324,6 +328,7 @@ class Hypervisor:
     async def _start(self, request: Start) -> dict[str, Any]:
         self._new(request.name)
         directory = self._directory / request.name
+        given = await ram.judged(request.memory_from, self._for_ram)
         spec = VmSpec(
             request.name,
             str(directory),
@@ -334,21 +339,38 @@ class Hypervisor:
             append=request.append,
             nvdimm=request.nvdimm,
             forwards=request.forwards,
+            nodes=tuple(node for _, nodes in given for node in nodes),
         )
-        vm, entry = await self._launch(spec, request.qemu, build_of(request, spec))
+        shown = [ram.presentation(tagged, request.name, nodes) for tagged, nodes in given]
+        self._new(request.name)
+        for each in shown:
+            self._only_here(request.name, each.tagged.tag)
+        vm, entry = await self._launch(spec, request.qemu, build_of(request, spec), shown=shown)
         if request.wait and vm.guest is not None:
             await vm.guest.greeted(BOOT_NS)
         return await self._describe(entry)
 
     async def _launch(
-        self, spec: VmSpec, qemu: str, build: Build | None, busy: str = ""
+        self,
+        spec: VmSpec,
+        qemu: str,
+        build: Build | None,
+        busy: str = "",
+        shown: Sequence[Presentation] = (),
     ) -> tuple[Vm, _Entry]:
-        """On record before QEMU is started; nothing is left of one that did not start."""
+        """On record before QEMU is started, with the tags that its RAM is in (`shown`); nothing is
+        left of one that did not start.
+        """
         name, where = spec.name, spec.directory
         record = VmRecord(name, f"{where}/qmp", f"{where}/agent", directory=where, build=build)
+        record = msgspec.structs.replace(record, nodes=spec.nodes)
         entry = self._entries[name] = _Entry(record)
         entry.busy = busy
+        self._shown |= {(name, each.tagged.tag): each for each in shown}
         try:
+            await self._keep_value(f"vm/{name}", record)
+            for each in shown:
+                await self._show(each)
             spec = await self._parts(spec, qemu)
             record = entry.record = msgspec.structs.replace(record, cgroup=spec.cgroup)
             await self._keep_value(f"vm/{name}", record)
@@ -358,8 +380,13 @@ class Hypervisor:
             raise
         entry.record = msgspec.structs.replace(record, pid=vm.pid, started_at=started_at(vm.pid))
         await self._keep_value(f"vm/{name}", entry.record)
+        for each in shown:
+            await self._show(msgspec.structs.replace(each, state="attached"))
         self._have(entry, vm)
         return vm, entry
+
+    def _for_ram(self, wanted: ram.MemoryFrom) -> Tagged:
+        return _tagged(self._tags(parse_tag(wanted.tag)), overwrite=wanted.overwrite)
 
     async def _adopt(self, request: Adopt) -> dict[str, Any]:
         self._new(request.name)
@@ -396,6 +423,7 @@ class Hypervisor:
             "state": "unknown",
             "trouble": entry.trouble,
             "tags": [self._brief(shown) for shown in self._of(record.name)],
+            "nodes": [ram.told(node) for node in record.nodes],
         }
         if entry.vm is None:
             return told
@@ -471,6 +499,11 @@ class Hypervisor:
         if shown is None:
             self._entry(request.name)
             raise NotFound(f"tag {tag} is not in VM {request.name}")
+        if shown.presenter == ram.NAME and not request.may_stop_vm:
+            raise Conflict(
+                f"VM {request.name} has its RAM in tag {tag}: only its end gives it back"
+                f" (tagmem vm stop {request.name}, or --stop-vm)"
+            )
         ended = await self._take(
             shown, request.deadline_ns, force=request.force, may_stop_vm=request.may_stop_vm
         )
@@ -513,24 +546,32 @@ class Hypervisor:
             await self._hide(shown.vm, shown.tagged.tag)
         return ended
 
-    async def release(self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool) -> str:
+    def holding(self, tag: str) -> str:
+        """See `ports.Hypervisors`."""
+        return "; ".join(_holds(one) for (_, held), one in self._shown.items() if held == tag)
+
+    async def release(
+        self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool, up_to: str = "detach"
+    ) -> str:
         """See `ports.Hypervisors`."""
         reasons = []
-        for (name, held), shown in list(self._shown.items()):
-            if held != tag:
+        for (_, held), shown in list(self._shown.items()):
+            is_ram = shown.presenter == ram.NAME
+            if held != tag or (up_to != "detach" and not is_ram):
                 continue
+            may_stop = may_stop_vm or (is_ram and up_to != "ask")
             try:
                 ended = await self._take(shown, deadline_ns // 2, force=False, may_stop_vm=False)
-                if not ended.done:
+                if not ended.done and (may_stop or not is_ram):
                     left = ended.presentation or shown
                     ended = await self._take(
-                        left, deadline_ns // 2, force=True, may_stop_vm=may_stop_vm
+                        left, deadline_ns // 2, force=True, may_stop_vm=may_stop
                     )
             except TagmemError as error:
-                reasons.append(f"VM {name}: {error}")
+                reasons.append(f"{_holds(shown)}: {error}")
                 continue
             if not ended.done:
-                reasons.append(f"VM {name}: {ended.reason}")
+                reasons.append(f"{_holds(shown)}: {ended.reason}")
         return "; ".join(reasons)
 
     # ---- in a guest
@@ -640,6 +681,11 @@ class Hypervisor:
 def _idle(entry: _Entry) -> None:
     if entry.busy:
         raise Conflict(entry.busy)
+
+
+def _holds(shown: Presentation) -> str:
+    """Who has a tag, and how, as the subject of a sentence."""
+    return f"VM {shown.vm}" + (" has its RAM in it" if shown.presenter == ram.NAME else "")
 
 
 def _remove_cgroup(path: str) -> None:

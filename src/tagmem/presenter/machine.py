@@ -21,6 +21,28 @@ FORWARDS_MAX = 16
 SUN_PATH_MAX = 107
 
 
+LOCAL_LATENCY_NS = 100
+LOCAL_BANDWIDTH_BYTES = 64 * GIB
+"""What a guest is told of its own RAM, where it is told of any: a DDR5 channel's or two."""
+
+
+class MemoryNode(Value, frozen=True):
+    """A stretch of a file that is part of the guest's memory from the start, as a NUMA node."""
+
+    number: int
+    memory: str
+    """QEMU's id of the memory behind it."""
+    tag: str
+    path: str
+    offset: Bytes
+    size_bytes: Bytes
+    latency_ns: int
+    bandwidth_bytes: Bytes
+    """In a second."""
+    specific_purpose: bool = False
+    """Not RAM: soft-reserved, of which the guest's kernel makes a DAX device."""
+
+
 class VmSpec(Value, frozen=True):
     """A VM to be started."""
 
@@ -48,6 +70,10 @@ class VmSpec(Value, frozen=True):
     """(port of this machine's loopback, TCP port of the guest); any makes a user network card."""
     incoming: bool = False
     """Wait for a migration to come in."""
+    nodes: tuple[MemoryNode, ...] = ()
+    """Beside node 0, which has the processors and `memory_bytes`."""
+    firmware: tuple[str, str] | None = None
+    """UEFI: the code, and the variables of this VM; None: what QEMU brings."""
     extra: tuple[str, ...] = ()
     """Further arguments, as they are."""
     cgroup: str = ""
@@ -78,23 +104,61 @@ def check(spec: VmSpec) -> None:
         raise InvalidInput(
             "directory", f"a path of at most {SUN_PATH_MAX - 6} bytes", spec.directory
         )
-    for path in (spec.directory, spec.kernel, spec.initrd):
+    if _ram_bytes(spec) > spec.memory_max_bytes:
+        raise InvalidInput("memory", f"at most {spec.memory_max_bytes} bytes", _ram_bytes(spec))
+    paths = (spec.directory, spec.kernel, spec.initrd, *(node.path for node in spec.nodes))
+    for path in (*paths, *(spec.firmware or ())):
         if "," in path or "\n" in path:
             raise InvalidInput("path", "without commas", path)
+
+
+def _ram_bytes(spec: VmSpec) -> Bytes:
+    """What `-m` counts: specific-purpose memory is beside it."""
+    return spec.memory_bytes + sum(n.size_bytes for n in spec.nodes if not n.specific_purpose)
+
+
+def _nodes(spec: VmSpec) -> list[str]:
+    """The memory that lies in files, node by node, and what the HMAT says of each."""
+    if not spec.nodes:
+        return []
+    words = ["-numa", f"node,nodeid=0,cpus=0-{spec.cpus - 1},memdev=ram0,initiator=0"]
+    for node in spec.nodes:
+        backend = f"memory-backend-file,id={node.memory},size={node.size_bytes}"
+        backend += f",mem-path={node.path},offset={node.offset},share=on"
+        words += ["-object", backend]
+        here = f"node,nodeid={node.number},initiator=0"
+        if not node.specific_purpose:
+            here += f",memdev={node.memory}"
+        words += ["-numa", here]
+    # In QEMU's order: bandwidth and latency come after all nodes.
+    figures = [(0, LOCAL_LATENCY_NS, LOCAL_BANDWIDTH_BYTES)]
+    figures += [(n.number, n.latency_ns, n.bandwidth_bytes) for n in spec.nodes]
+    for number, latency_ns, bandwidth_bytes in figures:
+        pair = f"hmat-lb,initiator=0,target={number},hierarchy=memory"
+        words += ["-numa", f"{pair},data-type=access-latency,latency={latency_ns}"]
+        bandwidth = f"bandwidth={bandwidth_bytes // MIB}M"
+        words += ["-numa", f"{pair},data-type=access-bandwidth,{bandwidth}"]
+    for node in spec.nodes:
+        if node.specific_purpose:
+            words += ["-device", f"sp-mem,id={node.memory}-sp,memdev={node.memory}"]
+            words[-1] += f",node={node.number}"
+    return words
 
 
 def argv(spec: VmSpec) -> list[str]:
     """QEMU's command line. Raises InvalidInput."""
     check(spec)
     where = spec.directory
-    machine = "q35,memory-backend=ram0" + (",nvdimm=on" if spec.nvdimm else "")
-    memory = f"{spec.memory_bytes // MIB}M"
+    machine = "q35,hmat=on" if spec.nodes else "q35,memory-backend=ram0"
+    machine += ",nvdimm=on" if spec.nvdimm else ""
+    own, memory = f"{spec.memory_bytes // MIB}M", f"{_ram_bytes(spec) // MIB}M"
     arguments = [
         *spec.qemu,
         *("-name", spec.name, "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-object", f"memory-backend-memfd,id=ram0,size={memory},share=on"),
+        *("-object", f"memory-backend-memfd,id=ram0,size={own},share=on"),
         *("-machine", machine, "-accel", spec.accel, "-cpu", spec.cpu, "-smp", str(spec.cpus)),
         *("-m", f"{memory},slots={spec.memory_slots},maxmem={spec.memory_max_bytes // MIB}M"),
+        *_nodes(spec),
         *("-qmp", f"unix:{where}/qmp,server=on,wait=off"),
         *("-serial", f"file:{where}/console.log"),
         *("-device", "virtio-serial-pci,id=agents"),
@@ -108,6 +172,8 @@ def argv(spec: VmSpec) -> list[str]:
         pairs = [f"hostfwd=tcp:127.0.0.1:{ours}-:{theirs}" for ours, theirs in spec.forwards]
         arguments += ["-netdev", ",".join(["user,id=net0", *pairs])]
         arguments += ["-device", "virtio-net-pci,netdev=net0,romfile="]
+    for path, readonly in zip(spec.firmware or (), ("on", "off"), strict=False):
+        arguments += ["-drive", f"if=pflash,format=raw,readonly={readonly},file={path}"]
     if spec.kernel:
         arguments += ["-kernel", spec.kernel]
     if spec.initrd:

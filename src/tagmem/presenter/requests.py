@@ -16,8 +16,9 @@ from tagmem.base.errors import InvalidInput, Unsupported
 from tagmem.base.units import GIB, SECOND, Bytes, Nanoseconds
 from tagmem.presenter.choose import AUTO
 from tagmem.presenter.contract import Need, Value
-from tagmem.presenter.machine import VmSpec
+from tagmem.presenter.machine import MemoryNode, VmSpec
 from tagmem.presenter.migrate import DEADLINE_NS, DEADLINE_NS_MAX, Build
+from tagmem.presenter.ram import MemoryFrom
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class VmRecord(Value, frozen=True):
     cgroup: str = ""
     build: Build | None = None
     """What another host makes the same machine from; None where it could not."""
+    nodes: tuple[MemoryNode, ...] = ()
+    """RAM of it that is in tags."""
 
 
 class Start(Value, frozen=True):
@@ -67,6 +70,8 @@ class Start(Value, frozen=True):
     """(port of this machine's loopback, TCP port of the guest)."""
     wait: bool = True
     """Until the guest's agent answers."""
+    memory_from: tuple[MemoryFrom, ...] = ()
+    """Tags that lie beside `memory_bytes` in the guest's memory."""
 
 
 class Adopt(Value, frozen=True):
@@ -136,7 +141,7 @@ class Migrate(Value, frozen=True):
 
 def build_of(request: Start, spec: VmSpec) -> Build | None:
     """What another host can make the same machine from: nothing that only this host has."""
-    if request.kernel or request.initrd or request.forwards:
+    if request.kernel or request.initrd or request.forwards or request.memory_from:
         return None
     try:
         return read(
@@ -163,6 +168,8 @@ def rebuildable(record: VmRecord) -> Build:
         why = "was started by somebody else, who migrates it"
         if record.directory:
             why = "has a kernel, a QEMU or ports of this host alone, and cannot leave it"
+        if record.nodes:
+            why = "has RAM in a tag of this host, and cannot leave it while it runs"
         raise Unsupported(f"VM {record.name} {why}")
     return record.build
 

@@ -168,6 +168,8 @@ def _regions(
 async def _ram_shared(execute: Execute) -> bool:
     backend = str(await _property(execute, "/machine", "memory-backend", ""))
     memory = await execute("query-memdev", {})
+    if not backend:  # Its RAM is that of its NUMA nodes.
+        return bool(memory) and all(entry.get("share") is True for entry in memory)
     ident = backend.rpartition("/")[2]
     return any(entry.get("id") == ident and entry.get("share") is True for entry in memory)
 

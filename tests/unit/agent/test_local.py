@@ -33,7 +33,12 @@ class Vms:
     async def serve(self, from_host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         raise NotFound(f"nothing for {from_host}")
 
-    async def release(self, tag: str, deadline_ns: int, *, may_stop_vm: bool) -> str:
+    def holding(self, tag: str) -> str:
+        return ""
+
+    async def release(
+        self, tag: str, deadline_ns: int, *, may_stop_vm: bool, up_to: str = "detach"
+    ) -> str:
         return ""
 
     async def close(self) -> None: ...

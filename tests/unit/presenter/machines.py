@@ -118,6 +118,7 @@ class FakeMachine:
         """(command, reason): each refuses the command once."""
         self.leaves = leaves
         self.held = True
+        self.ends = False
         self.guest: FakeGuest | None = FakeGuest(*answers)
         self.windows: FakeWindows | None = FakeWindows(self.log, stuck=stuck)
 
@@ -142,6 +143,9 @@ class FakeMachine:
 
     async def size_of(self, device: str) -> Bytes:
         return 0
+
+    async def wait_gone(self, deadline_ns: Nanoseconds) -> bool:
+        return self.ends
 
     async def stop(self, deadline_ns: Nanoseconds) -> None:
         self.log.append("stop-vm")
