@@ -321,6 +321,7 @@ async def machine_parts(spec: VmSpec, qemu: str) -> VmSpec:
     await asyncio.to_thread(directory.mkdir, 0o700, parents=True, exist_ok=True)
     initrd = await asyncio.to_thread(image.initrd, made, directory)
     modules = (*MODULES, "virtio_net") if spec.forwards else MODULES
+    modules = (*modules, "dax_hmem") if special else modules
     append = f"{kernel_line(GuestSpec(name=spec.name, modules=modules))} {spec.append}".strip()
     return msgspec.structs.replace(spec, kernel=str(made.kernel), initrd=str(initrd), append=append)
 

@@ -608,9 +608,11 @@ class AgentMachine:
             self._effects.append(check)
         elif phase is Phase.BLOCKED:
             self._retry(state, RECHECK_NS)
-            if state.holders and (state.desired is None or state.desired.up_to == "detach"):
+            if state.holders:
                 force = state.desired is not None and state.desired.kill_holders
-                self._effects.append(vms.DetachGuests(0, tag, state.deadline_ns("detach"), force))
+                up_to = "detach" if state.desired is None else state.desired.up_to
+                due = state.deadline_ns(up_to)
+                self._effects.append(vms.DetachGuests(0, tag, due, force, up_to))
             if state.desired is not None and state.desired.kill_holders and state.holders:
                 kill = r.KillHolders(0, state.appliance, tag, self._shared(state))
                 self._effects.append(kill)
