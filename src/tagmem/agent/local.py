@@ -1,8 +1,9 @@
 """What people and programs on this host ask its agent: one line of JSON, answered by lines of JSON.
 
 At `<run>/agent.sock`, which only the agent's own user can open. `{"vm": VERB, ...}` is for the
-hypervisors. The last line of an answer has `"done": true` or an `"error"`; lines before it are
-output of a command. Whoever hangs up abandons its question, not what it set in motion.
+hypervisors, `{"ask": "host"}` for the host's name. The last line of an answer has `"done": true` or
+an `"error"`; lines before it are output of a command. Whoever hangs up abandons its question, not
+what it set in motion.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ Listen = Callable[[str, Callable[[Any], None]], LocalListener]
 class LocalApi:
     """The server; `start` in a running loop."""
 
-    def __init__(self, path: str, hypervisors: Hypervisors | None) -> None:
+    def __init__(self, path: str, hypervisors: Hypervisors | None, host: str = "") -> None:
         self._path = path
+        self._host = host
         self._hypervisors = hypervisors
         self._listener: LocalListener | None = None
         self._peers: set[_Peer] = set()
@@ -85,6 +87,9 @@ class LocalApi:
         try:
             if not isinstance(request, dict):
                 raise InvalidInput("request", "one line with a JSON object", line[:80])
+            if request.get("ask") == "host":
+                peer.say({"host": self._host, "done": True})
+                return
             if "vm" not in request:
                 raise InvalidInput("request", "`vm`", sorted(request)[:4])
             if self._hypervisors is None:

@@ -609,13 +609,11 @@ class AgentMachine:
         elif phase is Phase.BLOCKED:
             self._retry(state, RECHECK_NS)
             if state.holders:
-                force = state.desired is not None and state.desired.kill_holders
-                up_to = "detach" if state.desired is None else state.desired.up_to
-                due = state.deadline_ns(up_to)
-                self._effects.append(vms.DetachGuests(0, tag, due, force, up_to))
-            if state.desired is not None and state.desired.kill_holders and state.holders:
-                kill = r.KillHolders(0, state.appliance, tag, self._shared(state))
-                self._effects.append(kill)
+                due, force = state.deadline_ns(state.up_to), state.may_kill
+                self._effects.append(vms.DetachGuests(0, tag, due, force, state.up_to))
+                if force:
+                    kill = r.KillHolders(0, state.appliance, tag, self._shared(state))
+                    self._effects.append(kill)
         elif phase is Phase.RETURNING:
             state.reason, state.holders = "", ()
             if not self._device_known(state):

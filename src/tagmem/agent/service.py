@@ -222,7 +222,7 @@ class HostService:
             self._vms = vms
         if self._listen is not None:
             path = os.path.join(self._config.run, "agent.sock")
-            self._local = LocalApi(path, self._vms)
+            self._local = LocalApi(path, self._vms, self._config.name)
             self._local.start(self._listen)
 
     async def _serve_peer(self, host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -158,6 +158,16 @@ class TagState:
         """Whether it occupies a DAX device."""
         return self.phase not in (Phase.EXPECTED, Phase.REFUSED, Phase.RELEASED)
 
+    @property
+    def up_to(self) -> str:
+        """The highest rung that is allowed."""
+        return "detach" if self.desired is None else self.desired.up_to
+
+    @property
+    def may_kill(self) -> bool:
+        """Whether processes that are not our workload may be ended as well."""
+        return self.desired is not None and self.desired.kill_holders
+
     def deadline_ns(self, rung: str) -> Nanoseconds:
         """How long a rung may take."""
         given = self.desired.deadlines_ns if self.desired is not None else {}

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from tagmem.base.errors import OutcomeUnknown, Retry, TagmemError, of_kind
-from tagmem.cli.base import Forward, Group, Seconds, Size
+from tagmem.cli.base import Forward, Group, Seconds, Settings, Size, api_options
 from tagmem.cli.render import Column, joined, show_fields, show_json, show_table, size_writer
 
 LINE_BYTES_MAX = 1 << 20
@@ -243,6 +243,88 @@ def detach(
         may_stop_vm=stop_vm,
     )
     _show(told, output)
+
+
+@vm.command(
+    "migrate",
+    short_help="Move a VM to another host, tags and all.",
+    example="tagmem vm migrate db1 --to-host w2",
+)
+@click.argument("name")
+@click.option("--to-host", required=True, metavar="HOST", help="Where it is to run.")
+@click.option(
+    "--form",
+    type=click.Choice(["auto", "stays", "switch", "remove-all"]),
+    default="auto",
+    show_default=True,
+    help="What happens to its tags on the way.",
+)
+@click.option("--force", is_flag=True, help="End guest processes that hold a tag to be taken out.")
+@click.option("--back/--no-back", default=True, help="Switch back what was switched. [default]")
+@click.option("--deadline", type=Seconds(), default="10m", show_default=True, help="Of the copy.")
+@click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
+@click.option(
+    "--keep-source-attachment", is_flag=True, help="Leave the tags attached to this host too."
+)
+@click.option(
+    "--timeout",
+    type=Seconds(),
+    default="60s",
+    show_default=True,
+    help="For a tag to be attached there, and to be released here.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@api_options
+@click.pass_context
+def migrate(
+    ctx: click.Context,
+    /,
+    settings: Settings,
+    name: str,
+    to_host: str,
+    dry_run: bool,
+    keep_source_attachment: bool,
+    timeout: float,
+    quiet: bool,
+    deadline: float,
+    **wish: Any,
+) -> None:
+    """Judge each tag, attach it on the target, move the VM, release the tags here.
+
+    Tagged memory is not copied: both hosts have it for the handover, so it must be sharable.
+    """
+    from tagmem.cli.migrate import Journey, sentences
+
+    wish["deadline_ns"] = int(deadline * 1e9)
+    run_dir = ctx.obj["run_dir"]
+    with settings.client() as client:
+        journey = Journey(
+            client, lambda what: ask(run_dir, what), name, to_host, wish, timeout, quiet
+        )
+        judged = journey.judge()
+        for line in sentences(journey.moves):
+            journey.say(line)
+        if dry_run:
+            _show(judged, settings.output)
+            return
+        journey.attach()
+        told = journey.move()
+        kept = [move["tag"] for move in journey.moves]
+        told["on_source"] = kept if keep_source_attachment else journey.release()
+        _show(told, settings.output)
+
+
+@vm.command(
+    "migrate-cancel",
+    short_help="Have a VM that is moving stay.",
+    example="tagmem vm migrate-cancel db1",
+)
+@click.argument("name")
+@output_option
+@click.pass_context
+def migrate_cancel(ctx: click.Context, name: str, output: str | None) -> None:
+    """End a migration that has not been handed over yet; `vm migrate` itself says how it ended."""
+    _show(_one(ctx, "migrate-cancel", name=name), output)
 
 
 @vm.command("stop", short_help="End a VM.", example="tagmem vm stop db1")

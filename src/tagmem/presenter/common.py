@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tagmem.base.limits import DAX_ALIGN_BYTES
 from tagmem.base.units import MIB, MILLISECOND, SECOND, Bytes, format_size
+from tagmem.ports import HostTag
 from tagmem.presenter.contract import (
     AskGuest,
     Command,
@@ -245,3 +246,18 @@ def drops_writes(warning: str, tagged: Tagged) -> str:
 def file_paths(tagged: Tagged) -> tuple[str, ...]:
     """Each file that has bytes of the tag, once."""
     return tuple(dict.fromkeys(piece.path for piece in tagged.pieces))
+
+
+def tagged_of(source: HostTag, *, overwrite: bool) -> Tagged:
+    """What a host has, as presenters know it; `overwrite`: what it has may be lost."""
+    pieces = tuple(Piece(source.path, piece.offset, piece.length) for piece in source.pieces)
+    return Tagged(
+        source.tag,
+        source.size_bytes,
+        pieces,
+        read_only=source.read_only,
+        shared=source.shared,
+        loaded=not overwrite,
+        dead_end=source.dead_end,
+        head_room_bytes=source.head_room_bytes,
+    )

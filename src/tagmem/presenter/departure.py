@@ -37,6 +37,7 @@ from tagmem.presenter.migrate import (
     Seen,
     Settled,
     Settlement,
+    TargetTag,
     Waiting,
     Wish,
     address,
@@ -214,6 +215,15 @@ class Departures:
             "tags": [_told(move, settled) for move in moves],
         }
 
+    async def look(self, ask: Migrate) -> dict[str, Any]:
+        """What `migrate` would do, were the tags that the target lacks attached there as they are
+        here; and which those are. Nothing is changed. Raises Conflict, Unsupported, ….
+        """
+        parse_name(ask.to_host, "to_host")
+        self._house.build(ask.name)
+        moves, missing = await self._judged(ask, self._house.vm(ask.name), attached=True)
+        return {"moves": msgspec.to_builtins(moves), "missing": missing}
+
     def cancel(self, name: str) -> dict[str, Any]:
         """Ask a migration to end; `migrate` itself tells how it ended. Raises Conflict."""
         leaving = self._leaving.get(name)
@@ -225,6 +235,12 @@ class Departures:
         return {"name": name, "state": "cancelling"}
 
     async def _judge(self, ask: Migrate, vm: Vm) -> tuple[Move, ...]:
+        return (await self._judged(ask, vm))[0]
+
+    async def _judged(
+        self, ask: Migrate, vm: Vm, *, attached: bool = False
+    ) -> tuple[tuple[Move, ...], list[str]]:
+        """The moves, and the tags that the target lacks; as though it had them if `attached`."""
         facts = await vm.facts()
         if facts.state != "running":
             raise Conflict(f"VM {ask.name} must be running, and is {facts.state}")
@@ -234,8 +250,15 @@ class Departures:
         if seen.refusal:
             raise Conflict(f"host {ask.to_host}: {seen.refusal}")
         there = {tag.tag: tag for tag in seen.tags}
+        missing = [one.tagged for one in shown if one.tagged.tag not in there]
+        if attached:
+            there |= {
+                t.tag: TargetTag(t.tag, t.size_bytes, len(t.pieces), t.head_room_bytes, t.read_only)
+                for t in missing
+            }
         wish = Wish(ask.form, ask.back)
-        return judge(shown, there, self._house.ways, facts, wish, ask.to_host)
+        moves = judge(shown, there, self._house.ways, facts, wish, ask.to_host)
+        return moves, [tagged.tag for tagged in missing]
 
     async def _make_way(self, ask: Migrate, moves: tuple[Move, ...], emit: Emit) -> None:
         """Take out what cannot travel, and let another take its place where one can."""

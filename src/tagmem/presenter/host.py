@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,9 @@ from tagmem.presenter.arrival import Arrivals
 from tagmem.presenter.attend import Attendant
 from tagmem.presenter.brokerlink import Keeper, Window
 from tagmem.presenter.choose import all_presenters, pick
-from tagmem.presenter.common import device_id
+from tagmem.presenter.common import device_id, tagged_of
 from tagmem.presenter.contract import (
     Detached,
-    Piece,
     Presentation,
     Request,
     Tagged,
@@ -68,6 +67,9 @@ from tagmem.wire import guest
 
 log = logging.getLogger(__name__)
 
+VERBS = (
+    "start, adopt, list, show, stop, attach, detach, exec, migrate, migrate-look, migrate-cancel"
+)
 VMS_MAX = 256
 BOOT_NS = 120 * SECOND
 STOP_NS = 10 * SECOND
@@ -386,7 +388,7 @@ class Hypervisor:
         return vm, entry
 
     def _for_ram(self, wanted: ram.MemoryFrom) -> Tagged:
-        return _tagged(self._tags(parse_tag(wanted.tag)), overwrite=wanted.overwrite)
+        return tagged_of(self._tags(parse_tag(wanted.tag)), overwrite=wanted.overwrite)
 
     async def _adopt(self, request: Adopt) -> dict[str, Any]:
         self._new(request.name)
@@ -444,7 +446,7 @@ class Hypervisor:
         entry = self._entry(request.name)
         async with entry.lock:
             _idle(entry)
-            tagged = _tagged(self._tags(tag), overwrite=request.overwrite)
+            tagged = tagged_of(self._tags(tag), overwrite=request.overwrite)
             wanted = Request(tagged, request.need)
             shown, why = await self._put(entry, wanted, request.way)
         return self._brief(shown) | {"why": why, "warning": shown.warning}
@@ -605,7 +607,7 @@ class Hypervisor:
                 entry.busy = why
 
         async def attach(name: str, todo: Later) -> Presentation:
-            tagged = _tagged(self._tags(todo.tag), overwrite=todo.overwrite)
+            tagged = tagged_of(self._tags(todo.tag), overwrite=todo.overwrite)
             shown, _ = await self._put(self._entry(name), Request(tagged), todo.way)
             return shown
 
@@ -636,7 +638,7 @@ class Hypervisor:
             launch,
             self._ended,
             vacant,
-            lambda tag: _tagged(self._tags(tag), overwrite=False),
+            lambda tag: tagged_of(self._tags(tag), overwrite=False),
             self._keep_value,
             self._directory,
         )
@@ -665,13 +667,12 @@ class Hypervisor:
                 return await self._run(read(body, Run), emit)
             case "migrate":
                 return await self._departures.migrate(read(body, Migrate), emit)
+            case "migrate-look":
+                return await self._departures.look(read(body, Migrate))
             case "migrate-cancel":
                 return self._departures.cancel(read(body, Named).name)
             case other:
-                verbs = (
-                    "start, adopt, list, show, stop, attach, detach, exec, migrate, migrate-cancel"
-                )
-                raise InvalidInput("vm", f"one of {verbs}", other)
+                raise InvalidInput("vm", f"one of {VERBS}", other)
 
     async def serve(self, from_host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `ports.Hypervisors`."""
@@ -693,17 +694,3 @@ def _remove_cgroup(path: str) -> None:
         Path(path).rmdir()
     except OSError as error:
         log.info("%s stays: %s", path, error.strerror)
-
-
-def _tagged(source: HostTag, *, overwrite: bool) -> Tagged:
-    pieces = tuple(Piece(source.path, piece.offset, piece.length) for piece in source.pieces)
-    return Tagged(
-        source.tag,
-        source.size_bytes,
-        pieces,
-        read_only=source.read_only,
-        shared=source.shared,
-        loaded=not overwrite,
-        dead_end=source.dead_end,
-        head_room_bytes=source.head_room_bytes,
-    )

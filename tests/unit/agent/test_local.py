@@ -64,7 +64,7 @@ def talk(path: Path, *lines: bytes) -> list[dict[str, Any]]:
 
 def ask(path: Path, *lines: bytes) -> list[dict[str, Any]]:
     async def serve() -> list[dict[str, Any]]:
-        api = LocalApi(str(path), Vms())
+        api = LocalApi(str(path), Vms(), "w1")
         api.start(stream.listen)
         try:
             return await asyncio.to_thread(talk, path, *lines)
@@ -77,6 +77,10 @@ def ask(path: Path, *lines: bytes) -> list[dict[str, Any]]:
 def test_a_commands_output_comes_before_its_end(tmp_path: Path) -> None:
     answers = ask(tmp_path / "s", b'{"vm": "exec"}')
     assert answers == [{"stream": 1, "data": "aGk="}, {"exit_code": 3, "done": True}]
+
+
+def test_the_host_has_a_name(tmp_path: Path) -> None:
+    assert ask(tmp_path / "s", b'{"ask": "host"}') == [{"host": "w1", "done": True}]
 
 
 def test_errors_have_a_kind(tmp_path: Path) -> None:
