@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # typing itself would cost more than the rest of this file
 if TYPE_CHECKING:
+    from tagmem import shared as shared
     from tagmem.base.errors import TagmemError as TagmemError
     from tagmem.client import Capacity as Capacity
     from tagmem.client import OfferRefused as OfferRefused
@@ -30,15 +31,17 @@ _PUBLIC: dict[str, str] = {
 
 def __getattr__(name: str) -> object:
     """The public name, imported from its module on first use and kept."""
+    from importlib import import_module
+
+    if name == "shared":
+        return import_module("tagmem.shared")
     module = _PUBLIC.get(name)
     if module is None:
         raise AttributeError(f"module 'tagmem' has no attribute {name!r}")
-    from importlib import import_module
-
     value = getattr(import_module(module), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC, "shared"])

@@ -46,6 +46,9 @@ COMMAND_ARGUMENTS_MAX = 256
 COMMAND_BYTES_MAX = 32 * KIB
 WORKLOAD_LOG_BYTES_MAX = 1 * GIB
 
+SHARED_OBJECTS_MAX = 1 << 20
+"""Objects of one catalogue in shared memory: 256 MiB of log, which a reader goes through once."""
+
 VHOST_MEMORY_SLOTS_MAX = 256
 """Regions of guest memory that a vhost-user front-end may tell (QEMU's own bound on x86)."""
 WINDOW_PIECES_MAX = 128

@@ -55,6 +55,7 @@ from tagmem.base.errors import (
     Unsupported,
 )
 from tagmem.base.ids import Tag, tag_from_bytes, tag_to_bytes
+from tagmem.base.limits import SHARED_OBJECTS_MAX
 from tagmem.base.units import Bytes, align_up
 from tagmem.shared.coherence import KindName, Memory, publish
 from tagmem.wire.catalogue import (
@@ -76,7 +77,7 @@ ALIGN_BYTES = 256
 """
 NAME_BYTES_MAX = 128
 GENERATION_MAX = (1 << 32) - 1
-COUNT_MAX = (1 << 32) - 1
+_COUNT_MAX = (1 << 32) - 1
 SIZE_BYTES_MIN = LOG_AT + ENTRY_BYTES
 _SETTLE_TRIES_MAX = 3
 _WORD_GENERATION_MAX = (1 << 16) - 1
@@ -271,7 +272,8 @@ class Catalogue:
         known = len(self._entries)
         if count < known:
             raise Corrupt(f"{known} objects became {count}")
-        if LOG_AT + count * ENTRY_BYTES > self._superblock.size_bytes:
+        log_end = LOG_AT + count * ENTRY_BYTES
+        if count > SHARED_OBJECTS_MAX or log_end > self._superblock.size_bytes:
             raise Corrupt(f"{count} objects do not fit into {self._superblock.size_bytes} B")
         self._memory.invalidate(LOG_AT + known * ENTRY_BYTES, (count - known) * ENTRY_BYTES)
         try:
@@ -330,7 +332,9 @@ class Catalogue:
         count = len(self._entries)
         log_end = LOG_AT + (count + 1) * ENTRY_BYTES
         offset = (self._low - length_bytes) // ALIGN_BYTES * ALIGN_BYTES
-        if length_bytes < 0 or offset < log_end or count == COUNT_MAX:
+        if count == SHARED_OBJECTS_MAX:
+            raise Full(f"tag {self.tag}: a catalogue has at most {SHARED_OBJECTS_MAX} objects")
+        if length_bytes < 0 or offset < log_end:
             raise Full(
                 f"tag {self.tag}: {name!r} takes {length_bytes} B, and {self.free_bytes} B are free"
             )
@@ -375,12 +379,11 @@ class Catalogue:
 
     def _read_entries(self, known: int, count: int) -> tuple[Entry, ...]:
         """The entries of a range, checked and remembered; all of them or none."""
-        raw = self._memory.load(LOG_AT + known * ENTRY_BYTES, (count - known) * ENTRY_BYTES)
         log_end = LOG_AT + count * ENTRY_BYTES
         found: dict[str, Entry] = {}
         low, chain = self._low, self._chain
         for index in range(count - known):
-            data = raw[index * ENTRY_BYTES : (index + 1) * ENTRY_BYTES]
+            data = self._memory.load(LOG_AT + (known + index) * ENTRY_BYTES, ENTRY_BYTES)
             entry, previous, chain_after = _read_entry(data, self.generation)
             where = f"entry {known + index + 1}"
             if entry.sequence != known + index + 1 or previous != chain:
@@ -478,7 +481,7 @@ def read_commit_word(word: int) -> tuple[int, int] | None:
     """
     if word == 0:
         return None
-    generation, count = word >> 32 & _WORD_GENERATION_MAX, word & COUNT_MAX
+    generation, count = word >> 32 & _WORD_GENERATION_MAX, word & _COUNT_MAX
     if commit_word(generation, count) != word:
         raise Corrupt("the commit word's check is wrong")
     return generation, count

@@ -84,11 +84,13 @@ def prepare_array(
     return Prepared(ObjectKind.ARRAY, length, write)
 
 
-def decode(kind: ObjectKind, view: memoryview) -> object:
-    """The object over its bytes; arrays and tables are those bytes. Raises Corrupt, Unsupported."""
+def decode(kind: ObjectKind, view: memoryview, *, whole: bool = True) -> object:
+    """The object over its bytes; arrays and tables are those bytes. `whole` looks at every value of
+    a table, so that no offset in it leads outside. Raises Corrupt, Unsupported.
+    """
     if kind is ObjectKind.BYTES:
         return bytes(view)
-    return _read_array(view) if kind is ObjectKind.ARRAY else _read_table(view)
+    return _read_array(view) if kind is ObjectKind.ARRAY else _read_table(view, whole=whole)
 
 
 def _bytes(value: bytes | bytearray | memoryview) -> Prepared:
@@ -206,12 +208,12 @@ def _write_stream(sink: Any, table: pa.Table) -> None:
         writer.write_table(table)
 
 
-def _read_table(view: memoryview) -> pa.Table:
+def _read_table(view: memoryview, *, whole: bool) -> pa.Table:
     pa = _pyarrow()
     try:
         with pa.ipc.open_stream(pa.py_buffer(view)) as reader:
             table = reader.read_all()
-        table.validate()
+        table.validate(full=whole)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise Corrupt(f"an Arrow stream: {error}") from None
     return table

@@ -107,6 +107,7 @@ class Shared:
         self._memory = memory
         self._catalogue = catalogue
         self._given: list[tuple[str, weakref.ref[Any]]] = []
+        self._decoded: set[str] = set()
         self._closed = False
 
     # ---- what it is
@@ -172,11 +173,14 @@ class Shared:
     def get(self, name: str, *, verify: bool = True) -> Any:
         """The object of that name: bytes, or a read-only array or table on the shared memory.
 
-        `verify` compares the object's checksum when it is first got. Raises NotFound, Corrupt,
-        Reinitialised.
+        `verify` compares the object's checksum when it is first got, and looks at every value of a
+        table, so that no offset in it leads outside. Raises NotFound, Corrupt, Reinitialised.
         """
         entry = self._catalogue.look(name)
-        value = kinds.decode(entry.kind, self._catalogue.view(entry, verify=verify))
+        view = self._catalogue.view(entry, verify=verify)
+        value = kinds.decode(entry.kind, view, whole=verify and name not in self._decoded)
+        if verify:
+            self._decoded.add(name)
         self._note(name, value)
         return value
 

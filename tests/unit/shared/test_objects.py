@@ -274,6 +274,7 @@ def test_forged_tables_end_in_an_error_or_a_table(data: st.DataObject) -> None:
     except shared.Corrupt:
         return
     assert isinstance(table, pa.Table)
+    table.to_pylist()
 
 
 def test_an_array_s_bytes_are_a_npy_file_and_a_table_s_an_ipc_stream(tmp_path: Path) -> None:
