@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from tests.system.waiting import wait_until
-from tests.vm.world import HOLD, SILENCE
+
+from tagmem.lab.programs import HOLD, SILENCE
 
 TAGMEM = (sys.executable, "-m", "tagmem")
 SIZE = 32 << 20

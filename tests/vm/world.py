@@ -21,6 +21,7 @@ from tagmem.base.units import MIB, SECOND, Bytes
 from tagmem.io import stream
 from tagmem.lab.boot import Guest, Lab
 from tagmem.lab.errors import GuestDied
+from tagmem.lab.programs import HOLD, SILENCE
 from tagmem.lab.spec import GuestSpec
 from tagmem.ports import MediaPiece
 from tagmem.presenter.broker import Broker
@@ -50,47 +51,6 @@ fd = os.open(sys.argv[1], os.O_RDWR)
 memory, at = mmap.mmap(fd, int(sys.argv[2])), int(sys.argv[3])
 data = bytes.fromhex(sys.argv[4])
 memory[at:at + len(data)] = data
-"""
-# Neither a child nor in the session of what the agent started: it is not the agent's to end.
-HOLD = """
-import mmap, os, sys, time
-ready, told = os.pipe()
-if os.fork():
-    os.write(1, os.read(ready, 16))
-    os._exit(0)
-os.setsid()
-if os.fork():
-    os._exit(0)
-for fd in 0, 1, 2:
-    os.dup2(os.open("/dev/null", os.O_RDWR), fd)
-memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), int(sys.argv[2]))
-memory[0:1]
-os.write(told, str(os.getpid()).encode())
-time.sleep(float(sys.argv[3]))
-"""
-# The agent itself stops answering for so many seconds.
-SILENCE = """
-import os, signal, sys, time
-ready, told = os.pipe()
-if os.fork():
-    os.read(ready, 1)
-    os._exit(0)
-os.setsid()
-if os.fork():
-    os._exit(0)
-agents = []
-for name in os.listdir("/proc"):
-    if name.isdecimal():
-        words = open(f"/proc/{name}/cmdline", "rb").read().split(b"\\0")
-        if b"tagmem.guest" in words:
-            agents.append(int(name))
-os.write(told, b"+")
-time.sleep(0.3)
-for pid in agents:
-    os.kill(pid, signal.SIGSTOP)
-time.sleep(float(sys.argv[1]))
-for pid in agents:
-    os.kill(pid, signal.SIGCONT)
 """
 
 

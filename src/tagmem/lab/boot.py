@@ -392,7 +392,7 @@ class Guest:
     async def agent(self) -> Channel:
         """The lab's conversation with the guest agent; it has the channel from now on."""
         if self._channel is None:
-            self._channel = await Channel.connect(self.places.agent)
+            self._channel = Channel(self.places.agent)
         return self._channel
 
     async def release_agent(self) -> Path:
