@@ -241,6 +241,9 @@ class Media(Protocol):
     def expose(self, allocation: str, directory: str) -> None:
         """Let a host find the bytes in its own directory. Idempotent."""
 
+    def mark_stale(self, allocation: str, directory: str, seed: int) -> None:
+        """Have the host's view of exposed bytes be one of its own, which lies. Idempotent."""
+
     def conceal(self, allocation: str, directory: str) -> None:
         """Take that back. Idempotent."""
 

@@ -20,11 +20,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tagmem.agent import stale
 from tagmem.ports import DaxSource
+from tagmem.shared.stale import MEDIUM
 
 ATTRIBUTES = ("size", "align", "uuid", "mode", "read_only", "extents")
 _NEW = ".new-"
 _GONE = ".gone-"
+_KEPT = ".kept-"
+"""Of a view that is still to be written back: the tag follows."""
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND = 1, 32, 4096
 _MNT_DETACH = 2
 
@@ -52,6 +56,9 @@ class EmulatedDax:
         """Take up what an earlier agent left: whole devices stay, halves go."""
         for entry in sorted(Path(self._run).iterdir()):
             if entry.name.startswith((_NEW, _GONE)):
+                if entry.name.startswith(_GONE) and (entry / "uuid").is_file():
+                    tag = (entry / "uuid").read_text().strip()
+                    self._put_away(str(entry), entry.name.removeprefix(_GONE), tag)
                 self._remove(str(entry))
             elif entry.name.startswith("dax") and (entry / "uuid").is_file():
                 tag = (entry / "uuid").read_text().strip()
@@ -81,7 +88,10 @@ class EmulatedDax:
         aside = f"{self._run}/{_NEW}{name}"
         try:
             os.mkdir(aside)
-            if source.path:
+            if seed := stale.seed_of(source):
+                _place(source.path, f"{aside}/{MEDIUM}", read_only=False)
+                stale.build(aside, name, source, seed)
+            elif source.path:
                 _place(source.path, f"{aside}/{name}", read_only=source.read_only)
                 status = os.stat(f"{aside}/{name}")
                 self._identities[source.tag] = (status.st_dev, status.st_ino)
@@ -131,6 +141,7 @@ class EmulatedDax:
             pass  # An application has unlinked it, or there is no path: what was seen first counts.
         aside = f"{self._run}/{_GONE}{name}"
         os.rename(device, aside)
+        self._put_away(aside, name, tag)
         del self._names[tag]
         left = tuple(sorted(set(os.listdir(aside)) - {name, *ATTRIBUTES}))
         self._remove(aside)
@@ -138,6 +149,10 @@ class EmulatedDax:
         if fd >= 0:
             self._orphan(tag, fd)
         return left
+
+    def _put_away(self, aside: str, name: str, tag: str) -> None:
+        if stale.is_stale(aside):
+            stale.put_away(aside, name, f"{self._run}/{_KEPT}{tag}")
 
     def _orphan(self, tag: str, fd: int) -> None:
         if os.fstat(fd).st_nlink:
@@ -157,6 +172,7 @@ class EmulatedDax:
 
     def give_up(self, tag: str) -> None:
         """Forget the bytes; see `ports.DaxDevices`."""
+        stale.give_up(f"{self._run}/{_KEPT}{tag}")
         self._identities.pop(tag, None)
         self._drop_orphan(tag)
 
@@ -166,8 +182,12 @@ class EmulatedDax:
 
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """Of the tag's bytes."""
+        name = self._names.get(tag)
+        device = f"{self._run}/{name}" if name else f"{self._run}/{_KEPT}{tag}"
+        if stale.is_stale(device):
+            return stale.identities(device, name or stale.VIEW)
         identity = self._identities.get(tag)
-        if identity is None and (name := self._names.get(tag)) is not None:
+        if identity is None and name is not None:
             try:
                 status = os.stat(f"{self._run}/{name}/{name}")
             except FileNotFoundError:

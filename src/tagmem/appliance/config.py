@@ -15,6 +15,7 @@ sharable = false
 hardware_coherent = false
 read_only = false
 sanitise_on_release = true
+# stale_caches = 42                   # software-coherent: hosts' caches lie, from this seed
 
 [[region]]                            # region 1: a read-only window on region 0's media
 of = 0
@@ -74,6 +75,8 @@ class RegionSection(_Section, frozen=True):
     hardware_coherent: bool = False
     read_only: bool = False
     sanitise_on_release: bool = True
+    stale_caches: Annotated[int, Meta(ge=0, lt=1 << 63)] | None = None
+    """A seed: each host has a view of its own, which lies. docs/coherence.md."""
     of: int | None = None
     """The region whose media this one shows; then size and block size are its own where not
     given."""
@@ -165,6 +168,14 @@ class ApplianceConfig(_Section, frozen=True):
         if pool != index and size_bytes != before[pool].size_bytes:
             limit = f"that of region {pool} ({before[pool].size_bytes})"
             raise InvalidInput(f"{field}.size", limit, size_bytes)
+        if section.stale_caches is not None and (
+            not section.sharable
+            or section.hardware_coherent
+            or section.read_only
+            or self.layout != "by-tag"
+        ):
+            limit = "only where sharable, software-coherent, writable, and by tag"
+            raise InvalidInput(f"{field}.stale_caches", limit, section.stale_caches)
         return RegionSpec(
             pool,
             size_bytes,

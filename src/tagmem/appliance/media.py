@@ -41,6 +41,8 @@ _ZEROS = bytes(READ_BYTES)
 _OURS = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|untagged-[0-9]+")
 """Names that a host directory may get from us; nothing else there is ever removed."""
 FILE_MODE = 0o600
+STALE_MARK = ".stale"
+"""After a link's name: says that this host's view of it lies, and the seed."""
 
 
 class NotZero(OSError):
@@ -159,10 +161,15 @@ class ByTagMedia(_FileMedia):
                 os.unlink(link)
                 os.link(self.media / allocation, link)
 
+    def mark_stale(self, allocation: str, directory: str, seed: int) -> None:
+        """A file beside the link, for the host's agent, which makes the view."""
+        Path(directory, allocation + STALE_MARK).write_text(f"{seed}\n", encoding="ascii")
+
     def conceal(self, allocation: str, directory: str) -> None:
         """Take the link away."""
-        with suppress(FileNotFoundError):
-            os.unlink(os.path.join(directory, allocation))
+        for name in (allocation, allocation + STALE_MARK):
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, name))
 
     def descriptor(self, allocation: str, pool: int, *, read_only: bool) -> int:
         """The allocation's file."""
@@ -318,6 +325,9 @@ class ByDpaMedia(_FileMedia):
 
     def expose(self, allocation: str, directory: str) -> None:
         """Nothing to do: hosts ask for a descriptor."""
+
+    def mark_stale(self, allocation: str, directory: str, seed: int) -> None:
+        """Not by DPA: the configuration refuses it."""
 
     def conceal(self, allocation: str, directory: str) -> None:
         """Nothing to do."""

@@ -467,6 +467,9 @@ class Appliance:
             # A link cannot be read-only by itself, so a read-only view is had by descriptor alone.
             if not self.machine.spec.regions[effect.region].read_only:
                 self._media.expose(effect.file, self._directories[effect.ld])
+                seed = self._config.region[effect.region].stale_caches
+                if seed is not None:
+                    self._media.mark_stale(effect.file, self._directories[effect.ld], seed)
         except OSError as error:
             self._trouble[effect.ld] = f"{effect.file} cannot be reached by the host: {error}"
             log.error("%s", self._trouble[effect.ld])

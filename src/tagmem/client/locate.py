@@ -43,7 +43,16 @@ class OfferRefused(Conflict):
 class Device:
     """One tag on this host. `pieces` are (offset, length) in the media, in sequence order."""
 
-    __slots__ = ("align", "emulated", "path", "pieces", "read_only", "size_bytes", "tag")
+    __slots__ = (
+        "align",
+        "emulated",
+        "path",
+        "pieces",
+        "read_only",
+        "size_bytes",
+        "stale_caches",
+        "tag",
+    )
 
     def __init__(
         self,
@@ -55,6 +64,7 @@ class Device:
         read_only: bool,
         emulated: bool,
         pieces: tuple[tuple[int, int], ...],
+        stale_caches: bool = False,
     ) -> None:
         self.tag = tag
         self.path = path
@@ -63,6 +73,8 @@ class Device:
         self.read_only = read_only
         self.emulated = emulated
         self.pieces = pieces
+        self.stale_caches = stale_caches
+        """Whether `path` is this host's view alone, and memory lies beside it (shared/stale.py)."""
 
     @property
     def has_path(self) -> bool:
@@ -186,10 +198,20 @@ def _in_run_dir(tag: Tag, run_dir: str) -> Device | None:
         pieces = ((0, size),) if plain else _pieces(folder, size)
         # In a guest the name stands for a device of the kernel's, which has nothing to write back.
         emulated = _attribute(folder, "mode") != "bar" and not _is_device(path)
+        stale = emulated and os.path.exists(f"{folder}/stale_caches")
     except (OSError, ValueError):
         # Half made or half gone: the agent makes the link last and takes it away first.
         return None
-    return Device(tag, path, size, align, read_only=read_only, emulated=emulated, pieces=pieces)
+    return Device(
+        tag,
+        path,
+        size,
+        align,
+        read_only=read_only,
+        emulated=emulated,
+        pieces=pieces,
+        stale_caches=stale,
+    )
 
 
 def _is_device(path: str) -> bool:

@@ -115,6 +115,16 @@ class Capacity:
         return self._device.path
 
     @property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """(offset, length) in the file or device, in the order of the tag's bytes."""
+        return self._device.pieces
+
+    @property
+    def stale_caches(self) -> bool:
+        """Whether an appliance emulates caches that lie: `tagmem.shared.lines_of` moves lines."""
+        return self._device.stale_caches
+
+    @property
     def writable(self) -> bool:
         """Whether stores are allowed; otherwise they fault, in C as well."""
         return self._writable

@@ -211,6 +211,9 @@ def _lease(target: Target) -> bool | None:
         except OSError:
             continue
         try:
+            status = os.fstat(fd)
+            if set(target.identities) - {(status.st_dev, status.st_ino)}:
+                return None  # it has bytes elsewhere, of which a lease on these says nothing
             return _lease_on(fd)
         finally:
             os.close(fd)

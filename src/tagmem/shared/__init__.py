@@ -40,6 +40,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "SoftwareCoherent": ("tagmem.shared.coherence", "SoftwareCoherent"),
     "Shared": ("tagmem.shared.objects", "Shared"),
     "cpu_lines": ("tagmem.shared.lines", "cpu_lines"),
+    "lines_of": ("tagmem.shared.stale", "lines_of"),
     "create": ("tagmem.shared.objects", "create"),
     "publish": ("tagmem.shared.coherence", "publish"),
     "refresh": ("tagmem.shared.coherence", "refresh"),

@@ -27,6 +27,7 @@ from tagmem.shared.catalogue import Catalogue, Corrupt, Entry, declared, read_su
 from tagmem.shared.coherence import Coherence, HardwareCoherent, KindName, SoftwareCoherent
 from tagmem.shared.lines import CpuLines, cpu_lines, instructions
 from tagmem.shared.memory import MappedMemory
+from tagmem.shared.stale import StaleLines, lines_of
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
@@ -278,7 +279,8 @@ class _Place:
     ) -> None:
         self.tag: Tag | None = None
         self._opened: Capacity | None = None
-        self._lines: CpuLines | None = None
+        self._lines: CpuLines | StaleLines | None = None
+        self._capacity: Capacity | None = None
         self._memory: MappedMemory | None = None
         self._buffer: mmap.mmap | bytearray | memoryview
         if isinstance(where, mmap.mmap | bytearray | memoryview):
@@ -289,6 +291,7 @@ class _Place:
                 where, timeout=timeout, writable=writable, run_dir=run_dir
             )
         self.tag = Tag(where.tag)
+        self._capacity = where
         self._buffer = where.map
 
     def memory(self, coherence: KindName | Coherence) -> MappedMemory:
@@ -345,7 +348,10 @@ class _Place:
             limit = "hardware-coherent, software-coherent, or an object of these classes"
             raise InvalidInput("coherence", limit, wanted)
         if self._lines is None:
-            self._lines = cpu_lines(self._buffer)
+            if self._capacity is not None:
+                self._lines = lines_of(self._capacity)
+            else:
+                self._lines = cpu_lines(self._buffer)
         return SoftwareCoherent(self._lines)
 
 

@@ -58,6 +58,7 @@ class MemoryMedia:
     def __init__(self) -> None:
         self.files: dict[str, Bytes] = {}
         self.links: dict[str, dict[str, Bytes]] = {}
+        self.stale: dict[tuple[str, str], int] = {}
         """Per host directory."""
         self.broken: set[str] = set()
         """Allocations that cannot be wiped, to see what happens then."""
@@ -77,6 +78,10 @@ class MemoryMedia:
         if allocation not in self.files:
             raise FileNotFoundError(allocation)
         self.links.setdefault(directory, {})[allocation] = self.files[allocation]
+
+    def mark_stale(self, allocation: str, directory: str, seed: int) -> None:
+        """Remember the seed."""
+        self.stale[directory, allocation] = seed
 
     def conceal(self, allocation: str, directory: str) -> None:
         """Take the link away."""
