@@ -6,7 +6,7 @@ import os
 import sys
 
 import tagmem
-from tagmem.shared import MappedMemory, SoftwareCoherent, cpu_lines
+from tagmem.shared import MappedMemory, SoftwareCoherent, lines_of
 
 DATA, WORD = 4096, 256
 MESSAGE = b"the quick brown fox jumps over the lazy dog; " * 5
@@ -38,7 +38,7 @@ def read(memory: MappedMemory, forgotten: str) -> None:
 
 forgotten = sys.argv[1]
 with tagmem.open(os.environ["TAGMEM_TAG"]) as capacity:
-    lines = cpu_lines(capacity.map)
+    lines = lines_of(capacity)
     memory = MappedMemory(capacity.map, SoftwareCoherent(lines))
     (write if os.environ["TAGMEM_HOST"] == "h1" else read)(memory, forgotten)
     memory.release()

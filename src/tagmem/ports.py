@@ -348,6 +348,10 @@ class DaxDevices(Protocol):
         """(device, inode) of what a holder of this tag would have open, as far as it is known."""
         ...
 
+    def views(self, tag: str) -> Sequence[str]:
+        """Files with copies of the bytes that are this host's own; who has one open is a holder."""
+        ...
+
 
 # ---- virtual machines of a host
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tagmem.agent import stale
 from tagmem.ports import DaxSource
-from tagmem.shared.stale import MEDIUM
+from tagmem.shared.stale import MEDIUM, SHADOW
 
 ATTRIBUTES = ("size", "align", "uuid", "mode", "read_only", "extents")
 _NEW = ".new-"
@@ -183,8 +183,8 @@ class EmulatedDax:
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """Of the tag's bytes."""
         name = self._names.get(tag)
-        device = f"{self._run}/{name}" if name else f"{self._run}/{_KEPT}{tag}"
-        if stale.is_stale(device):
+        device = self._stale(tag)
+        if device:
             return stale.identities(device, name or stale.VIEW)
         identity = self._identities.get(tag)
         if identity is None and name is not None:
@@ -194,6 +194,19 @@ class EmulatedDax:
                 return ()
             identity = self._identities[tag] = (status.st_dev, status.st_ino)
         return () if identity is None else (identity,)
+
+    def views(self, tag: str) -> Sequence[str]:
+        """Where caches lie: what the programs of this host map, and what came from memory."""
+        device = self._stale(tag)
+        if not device:
+            return ()
+        return f"{device}/{self._names.get(tag) or stale.VIEW}", f"{device}/{SHADOW}"
+
+    def _stale(self, tag: str) -> str:
+        """The directory that has a host's own view of the tag, if there is one."""
+        name = self._names.get(tag)
+        device = f"{self._run}/{name}" if name else f"{self._run}/{_KEPT}{tag}"
+        return device if stale.is_stale(device) else ""
 
     # ---- names
 

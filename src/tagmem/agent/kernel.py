@@ -108,6 +108,10 @@ class KernelDax:
         """A device node keeps its name."""
         return -1
 
+    def views(self, tag: str) -> Sequence[str]:
+        """None: the kernel's devices have the bytes alone."""
+        return ()
+
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """Of the device node."""
         device = self._claimed(tag)

@@ -446,7 +446,7 @@ class HostService:
         path = self._source_path(order.appliance, order.tag)
         ours = tuple(os.path.join(d, "") for d in (self._config.run, directory) if d)
         identities = tuple(self._devices.identities(order.tag))
-        paths = (path,) if path else ()
+        paths = (path, *self._devices.views(order.tag)) if path else ()
         if not paths and descriptor < 0:
             descriptor = self._devices.descriptor(order.tag)
         return Target(order.tag, paths, identities, ours, descriptor, order.shared)

@@ -75,7 +75,7 @@ class RegionSection(_Section, frozen=True):
     hardware_coherent: bool = False
     read_only: bool = False
     sanitise_on_release: bool = True
-    stale_caches: Annotated[int, Meta(ge=0, lt=1 << 63)] | None = None
+    stale_caches: Annotated[int, Meta(ge=0, lt=1 << 62)] | None = None
     """A seed: each host has a view of its own, which lies. docs/coherence.md."""
     of: int | None = None
     """The region whose media this one shows; then size and block size are its own where not

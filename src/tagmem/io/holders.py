@@ -54,7 +54,7 @@ class Target(NamedTuple):
 
     tag: str
     paths: tuple[str, ...]
-    """Where we ourselves can still open the bytes: names of one regular file."""
+    """Where we ourselves can still open the bytes: names of a regular file, or of all of them."""
     identities: tuple[Identity, ...]
     ours: tuple[str, ...] = ()
     """Directories of this host."""
@@ -204,7 +204,8 @@ def _identities(paths: Sequence[str]) -> frozenset[Identity]:
 
 
 def _lease(target: Target) -> bool | None:
-    """Whether nobody else has the file open; None when the kernel does not say."""
+    """Whether nobody else has the bytes open; None when the kernel does not say."""
+    leased: dict[Identity, bool | None] = {}
     for path in target.paths:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -212,12 +213,16 @@ def _lease(target: Target) -> bool | None:
             continue
         try:
             status = os.fstat(fd)
-            if set(target.identities) - {(status.st_dev, status.st_ino)}:
-                return None  # it has bytes elsewhere, of which a lease on these says nothing
-            return _lease_on(fd)
+            leased[status.st_dev, status.st_ino] = _lease_on(fd)
         finally:
             os.close(fd)
-    return None if target.descriptor < 0 else _lease_on(target.descriptor)
+    if not leased:
+        return None if target.descriptor < 0 else _lease_on(target.descriptor)
+    if False in leased.values():
+        return False
+    # Bytes in several files are nobody's only if there was a lease on each.
+    several = len(target.identities) > 1 and not set(target.identities) <= leased.keys()
+    return None if several or None in leased.values() else True
 
 
 def _lease_on(fd: int) -> bool | None:

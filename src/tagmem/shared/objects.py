@@ -321,7 +321,7 @@ class _Place:
         if self._lines is not None:
             self._lines.release()
         self._buffer = memoryview(b"")
-        opened, self._opened = self._opened, None
+        opened, self._opened, self._capacity = self._opened, None, None
         if opened is not None:
             try:
                 opened.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -165,20 +166,20 @@ def test_a_holder_of_the_view_alone_is_found(pod: Pod) -> None:
     child = os.fork()
     if child == 0:
         held = os.open(path, os.O_RDONLY)
-        os.read(0, 0)
-        import signal
-
         signal.pause()
         os._exit(held)
     try:
-        target = Target(TAG, (str(pod.base / "a" / TAG),), tuple(devices.identities(TAG)))
+        paths = (str(pod.base / "a" / TAG), *devices.views(TAG))
+        target = Target(TAG, paths, tuple(devices.identities(TAG)))
         found: tuple[int, ...] = ()
         while child not in found:
-            assert not Prover().alone(target)
             found = tuple(h.pid for h in Prover().check([target])[TAG].holders)
+        assert not Prover().alone(target)
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+    assert Prover().alone(target)
+    assert not Prover().alone(target._replace(paths=paths[:1])), "one file is not all of them"
 
 
 def test_ranges_are_checked(pod: Pod) -> None:
