@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from tagmem.appliance.config import ApplianceConfig, HostSection, RegionSection
 from tagmem.base.errors import InvalidInput
 
+Layout = Literal["by-tag", "by-dpa"]
 
-def config(region: RegionSection, layout: str = "by-tag") -> ApplianceConfig:
-    assert layout in ("by-tag", "by-dpa")
+
+def config(region: RegionSection, layout: Layout = "by-tag") -> ApplianceConfig:
     hosts = (HostSection("w1", "/run/w1.sock"),)
-    kind = "by-tag" if layout == "by-tag" else "by-dpa"
-    return ApplianceConfig("a0", "/var/lib/a0", "/run/fm.sock", (region,), hosts, layout=kind)
+    return ApplianceConfig("a0", "/var/lib/a0", "/run/fm.sock", (region,), hosts, layout=layout)
 
 
 def region(**more: bool) -> RegionSection:
@@ -32,6 +34,6 @@ def test_where_it_may_be() -> None:
         (region(sharable=True), "by-dpa"),
     ],
 )
-def test_where_it_may_not(section: RegionSection, layout: str) -> None:
+def test_where_it_may_not(section: RegionSection, layout: Layout) -> None:
     with pytest.raises(InvalidInput, match="stale_caches"):
         config(section, layout).check()
