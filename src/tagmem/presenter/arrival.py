@@ -31,7 +31,7 @@ from tagmem.base.units import SECOND
 from tagmem.presenter.common import device_id
 from tagmem.presenter.contract import Plan, Presentation, Value
 from tagmem.presenter.driver import perform
-from tagmem.presenter.house import House
+from tagmem.presenter.house import House, MovingVm
 from tagmem.presenter.migrate import (
     About,
     Arrival,
@@ -48,7 +48,6 @@ from tagmem.presenter.migrate import (
     arrival,
     headers,
 )
-from tagmem.presenter.qemu import Vm
 from tagmem.presenter.requests import read
 
 log = logging.getLogger(__name__)
@@ -103,6 +102,10 @@ class Arrivals:
                     await self._drop(record)
                 else:
                     self._expire(record)
+
+    def waiting(self) -> tuple[Record, ...]:
+        """Those that have not come yet."""
+        return tuple(one for one in self._records.values() if one.state == "waiting")
 
     def close(self) -> None:
         """Wait for nothing any more; what was begun is on record."""
@@ -169,7 +172,7 @@ class Arrivals:
         self._reachable(ask.boot_id)
         if ask.id in self._records:
             raise Conflict(f"migration {ask.id} is known already")
-        if len(self._records) >= ARRIVALS_MAX:
+        if len(self.waiting()) >= ARRIVALS_MAX:
             raise Conflict(f"there are {ARRIVALS_MAX} VMs coming, which is the most")
         later = tuple(parse_tag(todo.tag) for todo in ask.later)
         self._house.vacant(ask.name, (*(parse_tag(seat.tag) for seat in ask.seats), *later))
@@ -180,7 +183,7 @@ class Arrivals:
             await self._house.keep(f"arrival/{ask.id}", record)
             return await self._open(record, ask, planned)
         except TagmemError:
-            await self._give_up(record)
+            await self.give_up(record)
             raise
 
     def _plan(self, ask: Incoming, seat: Seat) -> tuple[Plan, Seat, Presentation]:
@@ -222,7 +225,7 @@ class Arrivals:
         self._expire(record)
         return waiting
 
-    async def _listen(self, vm: Vm, waiting: Waiting, *, local: bool) -> Waiting:
+    async def _listen(self, vm: MovingVm, waiting: Waiting, *, local: bool) -> Waiting:
         """Where QEMU is to be connected to. A TCP port is open to everybody who can reach it."""
         address: dict[str, Any] = {"transport": "socket"}
         path = str(self._house.directory / vm.name / "incoming")
@@ -263,7 +266,7 @@ class Arrivals:
             if record.state == "waiting":
                 reason = await self._missing(record)
                 if reason:
-                    await self._give_up(record)
+                    await self.give_up(record)
                     return Arrival("abandoned", reason)
                 record = msgspec.structs.replace(record, state="arrived")
                 # From here on it is this host's: the source may forget it when it hears of it.
@@ -320,11 +323,11 @@ class Arrivals:
             if record is not None:
                 if record.state == "arrived":
                     raise Conflict(f"VM {record.name} has arrived")
-                await self._give_up(record)
+                await self.give_up(record)
         self._locks.pop(about.id, None)
         return Value()
 
-    async def _give_up(self, record: Record) -> None:
+    async def give_up(self, record: Record) -> None:
         """End its QEMU; then it is forgotten, which says for good that it never ran here."""
         try:
             vm = self._house.vm(record.name)
@@ -346,7 +349,7 @@ class Arrivals:
                 left = self._records.get(record.id)
                 if left is not None and left.state == "waiting":
                     log.warning("VM %s did not come from %s", left.name, left.from_host)
-                    await self._give_up(left)
+                    await self.give_up(left)
 
         task = asyncio.get_running_loop().create_task(later())
         self._tasks.add(task)
@@ -366,7 +369,12 @@ class Arrivals:
         if record is None or record.state != "arrived":
             raise Conflict(f"migration {about.id} has not arrived")
         async with self._lock(about.id):
+            record = self._records.get(about.id, record)
             settled = [await self._present(record.name, todo) for todo in record.later]
+            # Once: what people do with the tags afterwards is not undone by a question repeated.
+            record = msgspec.structs.replace(record, later=())
+            await self._house.keep(f"arrival/{record.id}", record)
+            self._records[record.id] = record
         return Settlement(tuple(settled))
 
     async def _present(self, name: str, todo: Later) -> Settled:

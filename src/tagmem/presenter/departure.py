@@ -4,7 +4,8 @@ What is kept of it says who decides. While it is *leaving*, nothing that happene
 target's VM does not run before it is told to, so the source takes its tags back and runs on. *gone*
 is the turning point: QEMU has sent everything, and from then on this host never lets the VM run
 again unless the target says in so many words that it has given it up; no answer is no such word.
-*arrived* is that word's opposite: the rest is clearing up. *staying* is kept before the VM runs on
+*arrived* is that word's opposite: the rest is clearing up; once this host's QEMU has ended it is
+*over*, and the name may come back. *staying* is kept before the VM runs on
 here, so that no later look at QEMU takes a stream that was given up for one that counts. A restart
 goes on from whichever is kept, and from *leaving* by asking QEMU what became of the stream.
 """
@@ -25,7 +26,7 @@ from tagmem.base.units import SECOND, Bytes
 from tagmem.ports import Emit, Peers
 from tagmem.presenter.arrival import capabilities
 from tagmem.presenter.contract import Presentation, Value
-from tagmem.presenter.house import House
+from tagmem.presenter.house import House, MovingVm
 from tagmem.presenter.migrate import (
     TRAVELLER,
     About,
@@ -45,7 +46,6 @@ from tagmem.presenter.migrate import (
     later,
     seats,
 )
-from tagmem.presenter.qemu import Vm
 from tagmem.presenter.requests import UNLIMITED, Migrate, read
 
 log = logging.getLogger(__name__)
@@ -56,16 +56,18 @@ CANCEL_NS = 20 * SECOND
 TELL_NS = SECOND // 2
 RETRY_SECONDS = 0.1
 RETRY_SECONDS_MAX = 5.0
+TRIES = 12
+"""After a restart, when the way to other hosts may not be there yet: about half a minute."""
 _UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 
 
 class Leaving(Value, frozen=True):
-    """What is kept of a VM that goes. Key: `move/NAME`."""
+    """What is kept of a VM that goes. Key: `move/ID`."""
 
     id: str
     name: str
     to_host: str
-    state: Literal["leaving", "gone", "arrived", "staying"]
+    state: Literal["leaving", "gone", "arrived", "over", "staying"]
     moves: tuple[Move, ...] = ()
 
 
@@ -89,46 +91,52 @@ class Departures:
         self._house = house
         self._peers = peers
         self._leaving: dict[str, Leaving] = {}
-        self._cancelled: dict[str, asyncio.Event] = {}
+        """By id: one that is over is kept until the target has been told to forget it."""
+        self._cancelled: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- what is kept
 
     async def _keep(self, leaving: Leaving) -> Leaving:
-        self._leaving[leaving.name] = leaving
-        await self._house.keep(f"move/{leaving.name}", leaving)
+        self._leaving[leaving.id] = leaving
+        await self._house.keep(f"move/{leaving.id}", leaving)
         return leaving
 
     async def _forget(self, leaving: Leaving) -> None:
-        await self._house.keep(f"move/{leaving.name}", None)
-        self._leaving.pop(leaving.name, None)
-        self._cancelled.pop(leaving.name, None)
+        await self._house.keep(f"move/{leaving.id}", None)
+        self._leaving.pop(leaving.id, None)
+        self._cancelled.discard(leaving.id)
+
+    def _under_way(self, name: str) -> Leaving | None:
+        """The migration that a VM is in."""
+        moving = (one for one in self._leaving.values() if one.state != "over")
+        return next((one for one in moving if one.name == name), None)
 
     async def restore(self, kept: Mapping[str, str]) -> None:
         """Take up what was under way; the VMs have been found again before."""
         for key, document in kept.items():
             if key.startswith("move/"):
                 leaving = msgspec.json.decode(document, type=Leaving)
-                self._leaving[leaving.name] = leaving
-                self._cancelled[leaving.name] = asyncio.Event()
-                try:
-                    await self._house.occupy(leaving.name, _reason(leaving))
-                except NotFound:
-                    log.info("VM %s ended while it was on its way", leaving.name)
-                task = asyncio.get_running_loop().create_task(self._take_up(leaving))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._leaving[leaving.id] = leaving
+                if leaving.state != "over":
+                    await self._busy(leaving.name, _reason(leaving))
+                self._begin(leaving)
+
+    def _begin(self, leaving: Leaving) -> None:
+        task = asyncio.get_running_loop().create_task(self._take_up(leaving))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _take_up(self, leaving: Leaving) -> None:
         wait = RETRY_SECONDS
         while True:
             try:
-                await self._go_on(self._leaving.get(leaving.name, leaving))
+                await self._go_on(self._leaving.get(leaving.id, leaving))
             except Stayed as error:
                 log.warning("%s", error)
             except TagmemError as error:
                 log.warning("migration of VM %s: %s", leaving.name, error)
-                if leaving.name in self._leaving:
+                if leaving.id in self._leaving:
                     await asyncio.sleep(wait)
                     wait = min(2 * wait, RETRY_SECONDS_MAX)
                     continue
@@ -138,11 +146,12 @@ class Departures:
         if leaving.state == "leaving":
             leaving = await self._found(leaving)
         if leaving.state == "staying":
-            await self._return(leaving)
+            await self._return(leaving, tries=TRIES)
             return
         if leaving.state == "gone":
             leaving = await self._hand_over(leaving, _silent)
         await self._finish(leaving)
+        await self._told_to_forget(leaving)
 
     async def _found(self, leaving: Leaving) -> Leaving:
         """What QEMU says became of it while nobody watched. Raises Stayed."""
@@ -170,23 +179,22 @@ class Departures:
         name = ask.name
         parse_name(ask.to_host, "to_host")
         build, vm = self._house.build(name), self._house.vm(name)
-        if name in self._leaving:
-            raise Conflict(f"{_reason(self._leaving[name])} already")
+        already = self._under_way(name)
+        if already is not None:
+            raise Conflict(f"{_reason(already)} already")
         leaving = Leaving(str(uuid4()), name, ask.to_host, "leaving")
-        self._leaving[name] = leaving
-        self._cancelled[name] = asyncio.Event()
+        self._leaving[leaving.id] = leaving
         try:
             await self._house.occupy(name, _reason(leaving))
             moves = await self._judge(ask, vm)
         except TagmemError:
-            self._leaving.pop(name)
-            self._cancelled.pop(name)
-            await self._free(name)
+            self._leaving.pop(leaving.id)
+            await self._busy(name, "")
             raise
         emit({"phase": "judged", "moves": msgspec.to_builtins(moves)})
         leaving = await self._keep(msgspec.structs.replace(leaving, moves=moves))
         try:
-            await self._make_way(ask, moves, emit)
+            await self._make_way(ask, leaving, emit)
             incoming = Incoming(
                 leaving.id,
                 name,
@@ -196,9 +204,14 @@ class Departures:
                 later(moves, back=ask.back),
                 ask.deadline_ns + CANCEL_NS,
             )
-            sent = await self._stream(ask, vm, await self._prepare(leaving, vm, incoming), emit)
+            target = await self._prepare(leaving, vm, incoming)
+            sent = await self._stream(ask, leaving, vm, target, emit)
         except TagmemError as error:
-            await self._return(leaving, error)
+            try:
+                await self._return(leaving, error)
+            except OutcomeUnknown:
+                self._begin(leaving)
+                raise
             raise Stayed(f"VM {name} stays on this host: {error}") from error
         begun = asyncio.get_running_loop().time()
         leaving = await self._keep(msgspec.structs.replace(leaving, state="gone"))
@@ -206,6 +219,11 @@ class Departures:
         waited_ms = int((asyncio.get_running_loop().time() - begun) * 1000)
         emit({"phase": "arrived", "downtime_ms": sent.stopped_ms + waited_ms})
         settled = await self._finish(leaving)
+        try:
+            await self._told_to_forget(leaving)
+        except TagmemError as error:
+            log.info("host %s keeps migration %s: %s", leaving.to_host, leaving.id, error)
+            self._begin(self._leaving[leaving.id])
         return {
             "name": name,
             "to_host": ask.to_host,
@@ -226,19 +244,19 @@ class Departures:
 
     def cancel(self, name: str) -> dict[str, Any]:
         """Ask a migration to end; `migrate` itself tells how it ended. Raises Conflict."""
-        leaving = self._leaving.get(name)
+        leaving = self._under_way(name)
         if leaving is None:
             raise Conflict(f"VM {name} is not moving")
         if leaving.state != "leaving":
             raise Conflict(f"VM {name} has been handed over to host {leaving.to_host}")
-        self._cancelled[name].set()
+        self._cancelled.add(leaving.id)
         return {"name": name, "state": "cancelling"}
 
-    async def _judge(self, ask: Migrate, vm: Vm) -> tuple[Move, ...]:
+    async def _judge(self, ask: Migrate, vm: MovingVm) -> tuple[Move, ...]:
         return (await self._judged(ask, vm))[0]
 
     async def _judged(
-        self, ask: Migrate, vm: Vm, *, attached: bool = False
+        self, ask: Migrate, vm: MovingVm, *, attached: bool = False
     ) -> tuple[tuple[Move, ...], list[str]]:
         """The moves, and the tags that the target lacks; as though it had them if `attached`."""
         facts = await vm.facts()
@@ -260,12 +278,12 @@ class Departures:
         moves = judge(shown, there, self._house.ways, facts, wish, ask.to_host)
         return moves, [tagged.tag for tagged in missing]
 
-    async def _make_way(self, ask: Migrate, moves: tuple[Move, ...], emit: Emit) -> None:
+    async def _make_way(self, ask: Migrate, leaving: Leaving, emit: Emit) -> None:
         """Take out what cannot travel, and let another take its place where one can."""
-        for move in moves:
+        for move in leaving.moves:
             if move.form == "stays":
                 continue
-            self._not_cancelled(ask.name)
+            self._not_cancelled(leaving)
             emit({"phase": move.form, "tag": move.tag})
             shown = self._shown(ask.name, move.tag)
             if shown is not None:
@@ -275,9 +293,9 @@ class Departures:
             if move.form == "switch":
                 await self._house.attach(ask.name, Later(move.tag, TRAVELLER))
 
-    async def _prepare(self, leaving: Leaving, vm: Vm, incoming: Incoming) -> dict[str, Any]:
+    async def _prepare(self, leaving: Leaving, vm: MovingVm, incoming: Incoming) -> dict[str, Any]:
         """Have the target wait; where the stream goes."""
-        self._not_cancelled(leaving.name)
+        self._not_cancelled(leaving)
         waiting = read(await self._call(leaving.to_host, "incoming", incoming), Waiting)
         facts = await vm.facts()
         for word, here, there in (
@@ -289,7 +307,9 @@ class Departures:
                 raise Unsupported(text)
         return address(waiting, leaving.name)
 
-    async def _stream(self, ask: Migrate, vm: Vm, target: Mapping[str, Any], emit: Emit) -> Sent:
+    async def _stream(
+        self, ask: Migrate, leaving: Leaving, vm: MovingVm, target: Mapping[str, Any], emit: Emit
+    ) -> Sent:
         """Until QEMU has sent everything. Raises Conflict for a stream that failed."""
         limits = {
             "max-bandwidth": ask.bandwidth_bytes or UNLIMITED,
@@ -309,7 +329,7 @@ class Departures:
                 return _sent(told, begun, loop.time())
             if status in ("failed", "cancelled"):
                 raise Conflict(f"the stream {status}: {told.get('error-desc', 'no reason given')}")
-            self._not_cancelled(ask.name)
+            self._not_cancelled(leaving)
             if loop.time() - begun > ask.deadline_ns / SECOND:
                 left = ram.get("remaining", 0)
                 raise Conflict(f"{left} bytes were left after {ask.deadline_ns // SECOND} s")
@@ -349,13 +369,15 @@ class Departures:
 
     async def _finish(self, leaving: Leaving) -> dict[str, Settled]:
         """The source's QEMU ends, the target attaches what could not travel."""
-        try:
-            vm = self._house.vm(leaving.name)
-        except NotFound:
-            pass
-        else:
-            await vm.stop(STOP_NS)
-        await self._house.ended(leaving.name)
+        if leaving.state == "arrived":
+            try:
+                vm = self._house.vm(leaving.name)
+            except NotFound:
+                pass
+            else:
+                await vm.stop(STOP_NS)
+            await self._house.ended(leaving.name)
+            leaving = await self._keep(msgspec.structs.replace(leaving, state="over"))
         settled: dict[str, Settled] = {}
         about = About(leaving.id)
         try:
@@ -365,20 +387,22 @@ class Departures:
         except TagmemError as error:
             reason = str(error)[:4096]
             settled = {move.tag: Settled(move.tag, "", reason) for move in leaving.moves}
-        try:
-            await self._call(leaving.to_host, "forget", about)
-        except TagmemError as error:
-            # It keeps a line too many; nothing depends on it.
-            log.info("host %s keeps migration %s: %s", leaving.to_host, leaving.id, error)
-        await self._forget(leaving)
         return settled
+
+    async def _told_to_forget(self, leaving: Leaving) -> None:
+        """The last word: afterwards neither side knows of it. Raises TagmemError."""
+        await self._call(leaving.to_host, "forget", About(leaving.id))
+        await self._forget(leaving)
 
     # ---- the way back
 
-    async def _return(self, leaving: Leaving, cause: TagmemError | None = None) -> None:
+    async def _return(
+        self, leaving: Leaving, cause: TagmemError | None = None, *, tries: int = 1
+    ) -> None:
         """The VM runs here as before, and nothing is left on the target.
 
-        Raises OutcomeUnknown where that cannot be said; it stays on record then.
+        Raises OutcomeUnknown where that cannot be said (it stays on record then), Stayed where a
+        tag is in another way than before, Conflict for a VM that has ended meanwhile.
         """
         try:
             vm = self._house.vm(leaving.name)
@@ -387,21 +411,21 @@ class Departures:
         if vm is not None and not vm.gone:
             await self._stop_stream(vm)
         leaving = await self._keep(msgspec.structs.replace(leaving, state="staying"))
-        await self._abandon(leaving)
         left: list[str] = []
         if vm is not None and not vm.gone:
             if (await vm.execute("query-status", {})).get("status") != "running":
                 await vm.execute("cont", {})
             left = await self._put_back(leaving)
+        await self._abandon(leaving, tries)
         await self._forget(leaving)
-        await self._free(leaving.name)
+        await self._busy(leaving.name, "")
         if vm is None or vm.gone:
             raise Conflict(f"VM {leaving.name} ended during its migration: {cause or 'no reason'}")
         if left:
             text = f"{cause}; " if cause else ""
-            raise OutcomeUnknown(f"{text}VM {leaving.name} runs here, without {'; '.join(left)}")
+            raise Stayed(f"{text}VM {leaving.name} runs on here, but {'; '.join(left)}")
 
-    async def _stop_stream(self, vm: Vm) -> None:
+    async def _stop_stream(self, vm: MovingVm) -> None:
         status = (await vm.execute("query-migrate", {})).get("status")
         if status not in _UNDER_WAY:
             return
@@ -414,12 +438,19 @@ class Departures:
             await vm.news(SECOND // 20)
             status = (await vm.execute("query-migrate", {})).get("status")
 
-    async def _abandon(self, leaving: Leaving) -> None:
-        try:
-            await self._call(leaving.to_host, "abandon", About(leaving.id))
-        except TagmemError as error:
-            # It does not run there, and ends by itself after its deadline.
-            log.warning("host %s was not told to give up: %s", leaving.to_host, error)
+    async def _abandon(self, leaving: Leaving, tries: int) -> None:
+        wait = RETRY_SECONDS
+        for left in reversed(range(tries)):
+            try:
+                await self._call(leaving.to_host, "abandon", About(leaving.id))
+            except TagmemError as error:
+                # It does not run there, and ends by itself after its deadline.
+                log.warning("host %s was not told to give up: %s", leaving.to_host, error)
+                if left:
+                    await asyncio.sleep(wait)
+                    wait = min(2 * wait, RETRY_SECONDS_MAX)
+                continue
+            return
 
     async def _put_back(self, leaving: Leaving) -> list[str]:
         """Every tag presented as it was; what could not be."""
@@ -432,26 +463,26 @@ class Departures:
                 if shown is not None:
                     gone = await self._house.take(shown, PUT_BACK_NS, False)
                     if not gone.done:
-                        left.append(f"tag {move.tag} as {move.presenter}: {gone.reason}")
+                        left.append(f"tag {move.tag} is {shown.presenter} still: {gone.reason}")
                         continue
                 todo = Later(move.tag, move.presenter, overwrite=not move.loaded)
                 await self._house.attach(leaving.name, todo)
             except TagmemError as error:
-                left.append(f"tag {move.tag}: {error}")
+                left.append(f"tag {move.tag} is not in it: {error}")
         return left
 
     # ---- small things
 
-    def _not_cancelled(self, name: str) -> None:
-        if self._cancelled[name].is_set():
+    def _not_cancelled(self, leaving: Leaving) -> None:
+        if leaving.id in self._cancelled:
             raise Conflict("it was cancelled")
 
     def _shown(self, name: str, tag: str) -> Presentation | None:
         return next((one for one in self._house.shown(name) if one.tagged.tag == tag), None)
 
-    async def _free(self, name: str) -> None:
+    async def _busy(self, name: str, why: str) -> None:
         try:
-            await self._house.occupy(name, "")
+            await self._house.occupy(name, why)
         except NotFound:
             log.info("VM %s has ended", name)
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from tagmem.base.units import Nanoseconds
-from tagmem.presenter.contract import Detached, Presentation, Presenter, Tagged, Value
+from tagmem.presenter.contract import Detached, Machine, Presentation, Presenter, Tagged, Value
 from tagmem.presenter.migrate import Build, Later
-from tagmem.presenter.qemu import Vm
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -31,13 +31,30 @@ def this_site(migration_address: str = "") -> Site:
     return Site(_BOOT_ID.read_text().strip(), migration_address)
 
 
+class MovingVm(Machine, Protocol):
+    """One VM as a migration sees it."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether QEMU's process has ended."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Of the VM, on either host."""
+        ...
+
+    async def news(self, deadline_ns: Nanoseconds) -> None:
+        """Return when QEMU has told something more, or after so many nanoseconds."""
+
+
 @dataclass(frozen=True)
 class House:
     """The hypervisor's own functions. All that take a name raise NotFound for no such VM."""
 
     site: Site
     ways: Mapping[str, Presenter]
-    vm: Callable[[str], Vm]
+    vm: Callable[[str], MovingVm]
     """Raises OutcomeUnknown while it cannot be reached."""
     build: Callable[[str], Build]
     """Raises Unsupported for a machine that another host could not make again."""
@@ -50,7 +67,7 @@ class House:
     take: Callable[[Presentation, Nanoseconds, bool], Awaitable[Detached]]
     """(what, deadline, whether to insist)"""
     show: Callable[[Presentation], Awaitable[None]]
-    launch: Callable[[str, Build, tuple[str, ...]], Awaitable[Vm]]
+    launch: Callable[[str, Build, tuple[str, ...]], Awaitable[MovingVm]]
     """Start a QEMU that waits for a VM, on record before it is; with further arguments."""
     ended: Callable[[str], Awaitable[None]]
     """QEMU has ended: nothing of the VM is left on record. Idempotent."""
