@@ -69,6 +69,9 @@ class Qemu:
         self.world.step()
         match command:
             case "query-migrate":
+                if self.stream == "completed" and self.world.silences:
+                    self.world.silences -= 1
+                    raise OutcomeUnknown("query-migrate was not answered")
                 return {"status": self.stream}
             case "query-status":
                 return {"status": self.state}
@@ -204,12 +207,19 @@ class World:
     """Two hosts; the VM runs on w1 with one tag."""
 
     def __init__(
-        self, way: str, *, kill_at: int = -1, losing: tuple[str, bool] = ("", True)
+        self,
+        way: str,
+        *,
+        kill_at: int = -1,
+        losing: tuple[str, bool] = ("", True),
+        losses: int = 3,
+        silences: int = 0,
     ) -> None:
-        self.steps = 0
+        self.steps = self.last_step = 0
         self.kill_at = kill_at
         self.losing = losing
-        self.losses = 3
+        self.losses = losses
+        self.silences = silences
         self.qemus: list[Qemu] = []
         self.hosts = {name: Host(self, name) for name in ("w1", "w2")}
         self.here, self.there = self.hosts["w1"], self.hosts["w2"]
@@ -278,6 +288,8 @@ class World:
 async def played(way: str, **how: Any) -> tuple[World, str]:
     world = World(way, **how)
     said = await world.migrate()
+    world.kill_at = -1
+    world.last_step = world.steps
     await world.settled()
     return world, said
 
@@ -292,11 +304,22 @@ def test_it_moves(way: str) -> None:
 def test_agents_killed_at_any_step_leave_one_vm(way: str) -> None:
     whole, _ = asyncio.run(played(way))
     ends = set()
-    for step in range(1, whole.steps + 1):
+    for step in range(1, whole.last_step + 1):
         world, said = asyncio.run(played(way, kill_at=step))
         assert said == "killed", step
         ends.add(world.check(way))
     assert ends == {"w1", "w2"}, "some kills come before the turning point, some after it"
+
+
+def test_a_stream_that_was_given_up_never_counts_again() -> None:
+    """It had completed, only that was not heard; the target was not told, and then agents die."""
+    how: dict[str, Any] = {"losing": ("abandon", True), "losses": 1, "silences": 1}
+    whole, said = asyncio.run(played("pmem", **how))
+    assert "was not answered" in said
+    assert whole.check("pmem") == "w1"
+    for step in range(1, whole.last_step + 1):
+        world, _ = asyncio.run(played("pmem", kill_at=step, **how))
+        world.check("pmem")
 
 
 @pytest.mark.parametrize("verb", ["look", "incoming", "arrived", "settle", "forget"])
