@@ -177,7 +177,7 @@ def _judge(
     if there.size_bytes != shown.tagged.size_bytes:
         return f"host {host} has {there.size_bytes} bytes of it, not {shown.tagged.size_bytes}"
     no: dict[Form, str | None] = {
-        "stays": have.stays or unfit(what, there),
+        "stays": have.stays or _otherwise(shown.tagged, there) or unfit(what, there),
         "switch": have.switch or _no_switch(shown, there, ways, facts),
         "remove-all": have.remove_all,
     }
@@ -192,6 +192,13 @@ def _judge(
             travels = {"stays": name, "switch": TRAVELLER, "remove-all": ""}[form]
             return Move(tag, name, form, travels, why or _KEEPS, shown.tagged.loaded)
     return "; ".join(f"{form}: {no[form]}" for form in wanted)
+
+
+def _otherwise(tagged: Tagged, there: TargetTag) -> str | None:
+    """A device cannot become read-only, or writable, on the way."""
+    if there.read_only == tagged.read_only:
+        return None
+    return f"the tag is {'read-only' if there.read_only else 'writable'} there, and not here"
 
 
 _KEEPS = "its device travels with the VM, so applications keep their mappings"

@@ -111,6 +111,9 @@ class Qemu:
     async def holds(self, paths: Sequence[str]) -> Sequence[str]:
         return ()
 
+    async def wait_gone(self, deadline_ns: int) -> bool:
+        return self.gone
+
     async def size_of(self, device: str) -> int:
         return 0
 
