@@ -51,7 +51,7 @@ QUESTIONS: tuple[tuple[tuple[str, ...], Question], ...] = (
     (("granularity", "minimum"), ex.ask_sizes),
     (("holder",), ex.ask_holder),
     (("silent",), ex.ask_silent),
-    (("migration",), ex.ask_migration),
+    (("migration", "forms"), ex.ask_migration),
     ((), ex.ask_default_policy),
     (("paused",), ex.ask_paused),
 )

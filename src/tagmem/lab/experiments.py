@@ -22,7 +22,7 @@ from tagmem.lab import programs
 from tagmem.lab.bench import Bench, Metered, Program
 from tagmem.lab.errors import LabFailed
 from tagmem.lab.report import Cell
-from tagmem.presenter import common
+from tagmem.presenter import common, migrate
 from tagmem.presenter.contract import (
     AskGuest,
     Command,
@@ -530,6 +530,20 @@ def _told(gone: Detached) -> str:
 
 
 async def ask_migration(trial: Trial) -> Answers:
+    """Whether QEMU can migrate with the tag attached, and which forms follow from what the way
+    says of itself; a way that says *stays* and is refused here contradicts itself.
+    """
+    answers = await _migrate_to_file(trial)
+    what = trial.way.describe()
+    seen = answers["migration"]
+    evidence = f"{what.name} says: {what.migration}; {seen.text}; tests/vm/test_migrate.py moves it"
+    text = migrate.in_short(what)
+    if what.migration == "stays" and not seen.text.startswith("leaves"):
+        text = f"contradicted: said to stay, and {seen.text}"
+    return answers | {"forms": Cell(text, evidence)}
+
+
+async def _migrate_to_file(trial: Trial) -> dict[str, Cell]:
     """QEMU is asked to migrate into a file, shared memory left out, with the tag attached."""
     shown = await trial.present()
     vm = trial.bench.vm

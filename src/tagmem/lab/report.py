@@ -81,6 +81,7 @@ REMOVAL = (
     Heading("panicked", "panicked guest", "by force after its kernel panicked"),
     Heading("guaranteed", "guaranteed", "taken back in all of those, shown by QEMU's own maps"),
     Heading("migration", "migration", "QEMU asked to migrate with the tag attached"),
+    Heading("forms", "migration forms", "what `vm migrate` does with it ([how](migration.md))"),
 )
 GROUPS = (("Speed", SPEED), ("What it is", NATURE), ("Taking it back", REMOVAL))
 HEADINGS = tuple(heading for _, headings in GROUPS for heading in headings)

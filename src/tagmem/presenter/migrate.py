@@ -84,6 +84,38 @@ def forms(what: Description) -> Forms:
     return Forms(why, switch, leaves, "host" if switch else "device")
 
 
+def in_short(what: Description) -> str:
+    """The forms in the words of the comparison: (a) remove all, (b) temporal sharing, (c)
+    prepopulated.
+    """
+    have = forms(what)
+    best = "stays (b, c)" if have.stays is None else ""
+    if not best and have.switch is None:
+        best = f"as {TRAVELLER} meanwhile (b, c)"
+    last = "removed (a)" if have.remove_all is None else ""
+    return ", else ".join(part for part in (best, last) if part) or "none: the VM stays"
+
+
+TABLE_HEAD = """\
+| presenter | (b) stays | (b) switch | (a) remove all | (c) on the target before the source stops |
+|---|---|---|---|---|
+"""
+
+
+def table(whats: Iterable[Description]) -> str:
+    """As Markdown: which presenter has which form, and why not."""
+    rows = []
+    for what in whats:
+        have = forms(what)
+        cells = (have.stays, have.switch, have.remove_all)
+        told = " | ".join("yes" if no is None else no for no in cells)
+        before = (
+            "its device, on its extents" if have.prepopulate == "device" else "its host's files"
+        )
+        rows.append(f"| `{what.name}` | {told} | {before[have.prepopulate]} |\n")
+    return TABLE_HEAD + "".join(rows)
+
+
 # ---- what both sides know
 
 
