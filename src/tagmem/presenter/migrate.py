@@ -109,9 +109,7 @@ def table(whats: Iterable[Description]) -> str:
         have = forms(what)
         cells = (have.stays, have.switch, have.remove_all)
         told = " | ".join("yes" if no is None else no for no in cells)
-        before = (
-            "its device, on its extents" if have.prepopulate == "device" else "its host's files"
-        )
+        before = {"device": "its device, on its extents", "host": "its host's files"}
         rows.append(f"| `{what.name}` | {told} | {before[have.prepopulate]} |\n")
     return TABLE_HEAD + "".join(rows)
 
