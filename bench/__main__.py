@@ -22,6 +22,7 @@ NAMES = (
     "start",
     "reservations",
     "lifecycles",
+    "handover",
     "capacity",
 )
 RESULTS = Path(__file__).with_name("RESULTS.md")

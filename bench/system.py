@@ -73,11 +73,15 @@ def resident_bytes(pid: int) -> int:
 class System:
     """Directories and configuration files of one orchestrator, one appliance and some hosts."""
 
-    def __init__(self, disk: Path, memory: Path, hosts: int, size_bytes: int) -> None:
+    def __init__(
+        self, disk: Path, memory: Path, hosts: int, size_bytes: int, *, shared: bool = False
+    ) -> None:
+        """`shared`: of hardware-coherent media, which every other host sees backwards."""
         self.disk = disk
         self.memory = memory
         self.hosts = tuple(f"h{number}" for number in range(hosts))
         self.size_bytes = size_bytes
+        self.shared = shared
         self.api = f"unix:{memory}/api.sock"
         self._write()
 
@@ -95,12 +99,15 @@ class System:
         ports = "".join(
             f'[[host]]\nname = "{host}"\nsocket = "{memory}/{host}.sock"\n'
             f'directory = "{memory}/exposed/{host}"\n'
-            for host in self.hosts
+            + ('order = "mirrored"\n' if self.shared and ld % 2 else "")
+            for ld, host in enumerate(self.hosts)
         )
         (disk / "appliance.toml").write_text(
             f'name = "{APPLIANCE}"\nstate_dir = "{disk}/appliance"\nmedia_dir = "{memory}/media"\n'
             f'fm_socket = "{memory}/fm.sock"\n'
-            f"[[region]]\nsize = {self.size_bytes}\nblock_size = {BLOCK}\n{ports}",
+            f"[[region]]\nsize = {self.size_bytes}\nblock_size = {BLOCK}\n"
+            + ("sharable = true\nhardware_coherent = true\n" if self.shared else "")
+            + ports,
             "utf-8",
         )
         for ld, host in enumerate(self.hosts):
@@ -164,13 +171,13 @@ class System:
 
 
 @contextmanager
-def system(hosts: int, size_bytes: int) -> Iterator[System]:
+def system(hosts: int, size_bytes: int, *, shared: bool = False) -> Iterator[System]:
     """A fresh system's directories; nothing is started yet."""
     with (
         tempfile.TemporaryDirectory(prefix="tagmem-bench-") as disk,
         tempfile.TemporaryDirectory(prefix="tagmem-bench-", dir="/dev/shm") as memory,
     ):
-        yield System(Path(disk), Path(memory), hosts, size_bytes)
+        yield System(Path(disk), Path(memory), hosts, size_bytes, shared=shared)
 
 
 @contextmanager

@@ -11,12 +11,16 @@ import errno
 import faulthandler
 import mmap
 import os
+import re
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from bench import system as bench
 from tests.system.test_demo import a_system, tagmem
 from tests.system.waiting import wait_until
 
@@ -85,14 +89,14 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
         yield Pod(state, layout)
 
 
-def put(path: Path, at: int, data: bytes) -> None:
+def put(path: Path, at: int, data: bytes, whole: int = SIZE) -> None:
     """Write through a mapping, as a program does."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), SIZE) as view:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), whole) as view:
         view[at : at + len(data)] = data
 
 
-def read(path: Path, at: int, size: int) -> bytes:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ) as view:
+def read(path: Path, at: int, size: int, whole: int = SIZE) -> bytes:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), whole, prot=mmap.PROT_READ) as view:
         return view[at : at + size]
 
 
@@ -309,3 +313,76 @@ def test_a_tag_outlives_its_last_host_where_that_was_asked_for(pod: Pod) -> None
     pod.tagmem("capacity", "attach", tag, "--host", "w2")
     assert read(pod.device("w2", tag), 0, len(WORD)) == bytes(len(WORD))
     pod.tagmem("capacity", "release", tag)
+
+
+# ---- what the README says
+
+
+def test_the_readmes_chapter_runs_as_it_stands(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    chapter = (root / "README.md").read_text("utf-8").split("## One tag, many hosts")[1]
+    fences = re.findall(r"```console\n(.*?)```", chapter.split("\n## ")[0], re.DOTALL)
+    commands = [line.removeprefix("$ ") for fence in fences for line in fence.splitlines()]
+    assert len(commands) == 11
+    script = "\n".join(("set -e", *commands)).replace("/tmp/", f"{tmp_path}/")
+    with a_system(tmp_path / "state"):
+        ended = subprocess.run(
+            ["bash", "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            cwd=root,
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "TAGMEM_STATE_DIR": str(tmp_path / "state"),
+            },
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "moved  move=hand-over  source=w1  targets=w2" in ended.stderr
+        cache = Cache(str(tmp_path / "warm.sock"))
+        assert cache.version
+        cache.close()
+
+
+# ---- order
+
+
+def test_eight_hosts_see_other_addresses_in_another_order_and_the_same_bytes() -> None:
+    """Real agents, every other one seeing its addresses backwards, on a tag of several extents."""
+    with bench.system(8, 16 * MIB, shared=True) as ready, ready.started():
+        names = ready.hosts
+        with Client(ready.api) as client:
+            blockers = [str(uuid.uuid4()) for _ in range(8)]
+            for tag in blockers:
+                ask(client, tag, 2 * MIB, (names[0],))
+            for tag in blockers[::2]:
+                client.release(tag)
+            wait_until(lambda: len(list(client.capacities())) == 4, "there are holes")
+            shared = str(uuid.uuid4())
+            ask(client, shared, 8 * MIB, names)
+            document = client.capacity(shared)
+        assert len(document.extents) == 4
+        views = [attachment.dpas for attachment in document.attachments]
+        assert len({view[0] for view in views}) > 1, "all see the same addresses"
+        forward, backward = (sorted(range(4), key=view.__getitem__) for view in views[:2])
+        assert forward == backward[::-1], "the second sees the extents in the opposite order"
+        for number, host in enumerate(names):
+            with_it = ready.run_dir(host) / "by-tag" / shared
+            put(with_it, number * MIB + 17, host.encode(), 8 * MIB)
+        for host in names:
+            path = ready.run_dir(host) / "by-tag" / shared
+            for number, other in enumerate(names):
+                assert read(path, number * MIB + 17, len(other), 8 * MIB) == other.encode()
+
+
+def ask(client: Client, tag: str, size: int, hosts: tuple[str, ...]) -> None:
+    request = rest.CapacityRequest(
+        size, hosts, sharing="hardware-coherent", contiguous=False, region=0
+    )
+    client.create(request, tag)
+
+    def ready() -> bool:
+        return all(attachment.ready for attachment in client.capacity(tag).attachments)
+
+    wait_until(ready, f"{tag} is on {len(hosts)} hosts")
