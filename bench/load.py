@@ -40,7 +40,11 @@ def connect(address: str) -> socket.socket:
     """A blocking socket to `unix:/PATH` or `HOST:PORT`."""
     if address.startswith("unix:"):
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        made.connect(address.removeprefix("unix:"))
+        try:
+            made.connect(address.removeprefix("unix:"))
+        except OSError:
+            made.close()
+            raise
         return made
     host, _, port = address.removeprefix("http://").rpartition(":")
     made = socket.create_connection((host, int(port)))
