@@ -280,7 +280,7 @@ class Catalogue:
             new = self._read_entries(known, count)
         except Corrupt:
             # A writer that began anew meanwhile explains it.
-            self._count_in(self._load_fresh(COMMIT_AT))
+            self.check()
             raise
         self._word = word
         return new
@@ -307,12 +307,16 @@ class Catalogue:
         view = memory.view(entry.offset, entry.length_bytes)
         right = known or not verify or crc32(view) == entry.checksum
         # Also of what was verified: a writer that began anew may have written over it since.
-        self._count_in(self._load_fresh(COMMIT_AT))
+        self.check()
         if not right:
             raise Corrupt(f"object {entry.name!r}: its bytes do not have the checksum that it had")
         if verify:
             self._verified.add(entry.sequence)
         return view
+
+    def check(self) -> None:
+        """Raises Reinitialised where what was got before is gone."""
+        self._count_in(self._load_fresh(COMMIT_AT))
 
     # ---- writing
 

@@ -11,13 +11,14 @@ import mmap
 import os
 import platform
 import secrets
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from tagmem.base.errors import InvalidInput, Unsupported
+from tagmem.base.errors import Conflict, InvalidInput, Unsupported
 from tagmem.base.ids import NIL_TAG, Tag
 from tagmem.base.units import Bytes
 from tagmem.client.mapping import Capacity
@@ -96,7 +97,7 @@ def open(  # noqa: A001 - `shared.open` goes with `tagmem.open`
 
 
 class Shared:
-    """Named, immutable objects in shared memory; a context manager. For one thread at a time.
+    """Named, immutable objects in shared memory; a context manager. Threads take turns.
 
     Arrays, tables and views are the shared memory itself: they keep the mapping alive, and their
     content is what it was until the catalogue is initialised anew.
@@ -110,6 +111,8 @@ class Shared:
         self._given: list[tuple[str, weakref.ref[Any]]] = []
         self._decoded: set[str] = set()
         self._closed = False
+        self._process = os.getpid()
+        self._turn = threading.RLock()
 
     # ---- what it is
 
@@ -177,28 +180,39 @@ class Shared:
         `verify` compares the object's checksum when it is first got, and looks at every value of a
         table, so that no offset in it leads outside. Raises NotFound, Corrupt, Reinitialised.
         """
-        entry = self._catalogue.look(name)
-        view = self._catalogue.view(entry, verify=verify)
-        value = kinds.decode(entry.kind, view, whole=verify and name not in self._decoded)
-        if verify:
-            self._decoded.add(name)
-        self._note(name, value)
-        return value
+        with self._turn:
+            catalogue = self._usable()
+            entry = catalogue.look(name)
+            view = catalogue.view(entry, verify=verify)
+            whole = verify and name not in self._decoded
+            try:
+                value = kinds.decode(entry.kind, view, whole=whole)
+            finally:
+                # Also of a copy, and of what could not be read: is it still what was verified?
+                catalogue.check()
+            if verify:
+                self._decoded.add(name)
+            self._note(name, value)
+            return value
 
     def view(self, name: str, *, verify: bool = True) -> memoryview:
         """The bytes of an object of any kind, in place and read-only. Raises as `get`."""
-        view = self._catalogue.view(self._catalogue.look(name), verify=verify)
-        self._note(name, view)
-        return view
+        with self._turn:
+            catalogue = self._usable()
+            view = catalogue.view(catalogue.look(name), verify=verify)
+            self._note(name, view)
+            return view
 
     def refresh(self) -> tuple[str, ...]:
         """The names that are new since the last look. Raises Reinitialised, Corrupt."""
-        return tuple(entry.name for entry in self._catalogue.refresh())
+        with self._turn:
+            return tuple(entry.name for entry in self._usable().refresh())
 
     def names(self) -> tuple[str, ...]:
         """Every name that is there now, oldest first. Raises Reinitialised, Corrupt."""
-        self._catalogue.refresh()
-        return tuple(self._catalogue.entries)
+        with self._turn:
+            self._usable().refresh()
+            return tuple(self._catalogue.entries)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -217,13 +231,16 @@ class Shared:
         Raises BufferError, naming them, while objects got from it are in use: then all is done but
         the unmapping, which their end does.
         """
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._catalogue.close()
-        finally:
-            mapped = not self._place.leave()
+        with self._turn:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                # A process that was forked is not the writer, and takes nothing from it.
+                if os.getpid() == self._process:
+                    self._catalogue.close()
+            finally:
+                mapped = not self._place.leave()
         if mapped:
             alive = [name for name, given in self._given if given() is not None]
             named = ", ".join(repr(name) for name in alive[:_NAMED_MAX]) or "a view"
@@ -255,7 +272,16 @@ class Shared:
     # ---- within
 
     def _append(self, name: str, prepared: kinds.Prepared) -> Entry:
-        return self._catalogue.append(name, prepared.kind, prepared.length_bytes, prepared.write)
+        with self._turn:
+            catalogue = self._usable()
+            if os.getpid() != self._process:
+                raise Conflict(f"tag {self.tag}: it was opened by the process that forked this one")
+            return catalogue.append(name, prepared.kind, prepared.length_bytes, prepared.write)
+
+    def _usable(self) -> Catalogue:
+        if self._closed:
+            raise Conflict(f"tag {self.tag}: its catalogue was closed here")
+        return self._catalogue
 
     def _note(self, name: str, value: object) -> None:
         """Remember what was given out, without keeping it alive, so that `close` can name it."""

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zlib import crc32
 
@@ -236,6 +241,92 @@ def test_refresh_sees_another_writer_s_new_names() -> None:
     writer.put("a", b"1")
     assert reader.refresh() == ("a",)
     assert "1 objects reader" in repr(reader)
+
+
+def test_threads_of_the_writer_take_turns() -> None:
+    memory = bytearray(4 * MIB)
+    with shared.create(memory) as writer, ThreadPoolExecutor(4) as threads:
+
+        def work(number: int) -> bool:
+            writer.put(f"object {number}", bytes([number]) * 1000)
+            return bool(writer.get(f"object {number}") == bytes([number]) * 1000)
+
+        assert all(threads.map(work, range(100)))
+    with shared.open(memory) as reader:
+        assert len(reader) == 100
+        assert all(reader.get(f"object {n}") == bytes([n]) * 1000 for n in range(100))
+
+
+def test_a_closed_catalogue_says_so() -> None:
+    memory = bytearray(MIB)
+    writer = shared.create(memory)
+    writer.put("x", b"1")
+    writer.close()
+    for use in (writer.names, writer.refresh, lambda: writer.get("x"), lambda: writer.view("x")):
+        with pytest.raises(Conflict, match="closed"):
+            use()
+    with pytest.raises(Conflict, match="closed"):
+        writer.put("y", b"2")
+    assert "closed" in repr(writer)
+
+
+def test_a_forked_process_does_not_end_its_parent_s_claim(run_dir: Path) -> None:
+    script = """
+import os, sys, tagmem
+from tagmem import shared
+with shared.create(sys.argv[1]) as writer:
+    child = os.fork()
+    if not child:
+        try:
+            writer.put("child", b"")
+        except tagmem.TagmemError:
+            writer.close()
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    writer.put("parent", b"")
+    print(*writer)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script, TAG],
+        env={**os.environ, "TAGMEM_RUN_DIR": str(run_dir)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "parent\n"), ended.stderr
+
+
+class RacingLines(NoLines):
+    """Lines whose `when`th invalidation from now on is a moment too late."""
+
+    def __init__(self, when: int, event: Callable[[], object]) -> None:
+        self._left = when
+        self._event = event
+
+    def invalidate(self, offset: int, length: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._event()
+
+
+@pytest.mark.parametrize("when", range(1, 10))
+def test_a_writer_that_begins_anew_at_any_moment_never_gives_its_reader_a_mixture(
+    when: int,
+) -> None:
+    memory = bytearray(MIB)
+    shared.create(memory).put("x", b"old")
+
+    def begin_anew() -> None:
+        shared.create(memory, replace=True).put("x", b"new")
+
+    lines = RacingLines(when, begin_anew)
+    try:
+        reader = shared.open(memory, coherence=SoftwareCoherent(lines))
+        value = reader.get("x")
+    except shared.Reinitialised:
+        return
+    assert value == {1: b"old", 2: b"new"}[reader.generation]
+    assert shared.open(memory).generation == reader.generation, "it was gone when it was returned"
 
 
 FORGED = (
