@@ -375,6 +375,7 @@ def execute(ctx: click.Context, name: str, command: tuple[str, ...], tag: str) -
 @click.option("--append", default="", metavar="WORDS", help="The kernel's command line.")
 @click.option("--memory", type=Size(), default="256M", show_default=True)
 @click.option("--accel", default="tcg", show_default=True)
+@click.option("--cpu", default="max,phys-bits=46", show_default=True)
 @click.pass_context
 def within(
     ctx: click.Context, /, tag: str, command: tuple[str, ...], memory: int, **given: str

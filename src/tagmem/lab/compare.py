@@ -18,8 +18,8 @@ from msgspec import structs
 
 from tagmem.base.errors import TagmemError
 from tagmem.base.units import MIB
+from tagmem.lab import bootonly, programs
 from tagmem.lab import experiments as ex
-from tagmem.lab import programs
 from tagmem.lab.bench import Bench
 from tagmem.lab.boot import Lab
 from tagmem.lab.experiments import Answers, Question, Trial, short
@@ -31,7 +31,7 @@ from tagmem.presenter.contract import Presenter, Request
 
 LATER = ("cxl", "cxl-static")
 """Options that have a row before they have a presenter."""
-ORDER = ("vhost-pmem", "pmem", "ivshmem", "virtio-mem", "dimm", "nvdimm", *LATER)
+ORDER = ("vhost-pmem", "pmem", "ivshmem", "virtio-mem", "dimm", "nvdimm", *LATER, bootonly.NAME)
 """An NVDIMM stays, and one of an odd size spoils the alignment of DIMMs after it."""
 QEMUS = ("11.1", "10.0")
 EXPERIMENT_SECONDS = 40.0
@@ -242,4 +242,10 @@ async def compare(
     for name in names:
         if any(option in built for option in wanted):
             await on_qemu(lab, name, wanted, columns, report, grown)
+        if bootonly.NAME in wanted and not columns:
+
+            async def put(trial: Trial, keys: Sequence[str], question: Question) -> None:
+                await ask(trial, keys, question, report)
+
+            grown([await bootonly.row(lab, name, put, report)])
     return made

@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--append", default="")
     parser.add_argument("--memory", type=int, default=256, help="MiB (%(default)s)")
     parser.add_argument("--accel", default="tcg")
+    parser.add_argument("--cpu", default="max,phys-bits=46")
     parser.add_argument("argv", nargs="*", help="a command to run in it; {dax} is the tag there")
     given = parser.parse_args(arguments)
     try:
@@ -175,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 initrd=given.initrd,
                 append=given.append,
                 accel=given.accel,
+                cpu=given.cpu,
                 ports=2,
                 port_bytes=2 * _power_of_two(tagged.size_bytes + 2 * MIB) + 2 * MIB,
                 memory_slots=2,
