@@ -30,6 +30,8 @@ SPARE = 96 * MIB
 """What is left to a guest whose memory is filled."""
 SETTLE_SECONDS = 20.0
 IDLE_SECONDS = 20.0
+FREED_SECONDS = 120.0
+"""The guest's driver tries again 50 s after it failed, whatever became free meanwhile."""
 PERIPHERAL = "/machine/peripheral"
 
 AVAILABLE = """
@@ -181,7 +183,7 @@ async def ask_used(bench: Bench) -> list[Finding]:
     except TagmemError as error:
         refused = str(error)
     await bench.python("import os, sys; os.kill(int(sys.argv[1]), 9)", pid)
-    left, took = await settled(bench, device, 0, 2 * SETTLE_SECONDS)
+    left, took = await settled(bench, device, 0, FREED_SECONDS)
     if not left:
         await unplug(bench, tagged)
     return [
