@@ -20,6 +20,19 @@ from tagmem.lab.programs import HOLD, SILENCE
 
 TAGMEM = (sys.executable, "-m", "tagmem")
 SIZE = 32 << 20
+# Apart from the agent's own session: what it started it ends with itself.
+DOWN = """
+import os
+told, ready = os.pipe()
+if os.fork():
+    os.read(told, 1)
+    os._exit(0)
+os.setsid()
+os.write(ready, b"+")
+for fd in 0, 1, 2:
+    os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+os.execvp("tagmem", ["tagmem", "guest", "down"])
+"""
 
 
 class System:
@@ -191,3 +204,19 @@ def test_a_broker_that_is_killed_is_replaced_and_its_tags_attached_anew(system: 
     system.tagmem("vm", "detach", "db1", idle, "-o", "json")
     for tag in (held, idle):
         system.tagmem("capacity", "release", tag, "-o", "json")
+
+
+def test_a_guest_that_goes_down_has_its_tags_taken(system: System) -> None:
+    """As before a kexec; the agent that is started anew may have the tag again."""
+    tag = system.capacity()
+    system.tagmem("vm", "attach", "db1", tag, "-o", "json")
+    system.run_in_guest("python3", "-c", DOWN)
+
+    def given_back() -> bool:
+        return all(vm["tags"] == [] for vm in system.tagmem("vm", "list", "-o", "json"))
+
+    wait_until(given_back, "the host to take what the guest gave back")
+    shown = system.tagmem("vm", "attach", "db1", tag, "-o", "json")
+    assert shown["guest_path"]
+    system.tagmem("vm", "detach", "db1", tag, "-o", "json")
+    system.tagmem("capacity", "release", tag, "-o", "json")
