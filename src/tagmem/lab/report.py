@@ -265,7 +265,8 @@ run above.
 - **An ACPI tag for hot-plugged ranges.** An NVDIMM's `uuid` does not reach an x86 guest, a DIMM has
   none, and specific-purpose memory cannot be hot-plugged.
 - **Extents and tags for virtio-mem**, with a plug that does not discard what is there, and regions
-  that the guest surfaces as DAX and never as RAM."""
+  that the guest surfaces as DAX and never as RAM: [a proposal](virtio-mem-tags.md), with the gap
+  measured."""
 
 
 # ---- the plot

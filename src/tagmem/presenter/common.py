@@ -197,7 +197,15 @@ def memory_file(tag: str, piece: Piece, *, read_only: bool = False, **extra: obj
         arguments["offset"] = piece.offset
     if read_only:
         arguments |= {"readonly": True, "rom": "on"}
+    if is_dax(piece):
+        # Such a device is mapped in whole pages of its own, and QEMU takes 4 KiB unless told.
+        arguments["align"] = DAX_ALIGN_BYTES
     return Command("object-add", arguments | extra, ("object-del", {"id": memory_id(tag)}))
+
+
+def is_dax(piece: Piece) -> bool:
+    """Whether the bytes are a DAX device's rather than a file's: a VM's own, or a host's."""
+    return piece.path.startswith("/dev/dax")
 
 
 def add_device(driver: str, tag: str, **properties: object) -> Command:

@@ -93,6 +93,8 @@ class VhostPmem(Planned):
             return reason
         if len(request.tagged.pieces) > WINDOW_PIECES_MAX:
             return f"pieces: at most {WINDOW_PIECES_MAX}, got {len(request.tagged.pieces)}"
+        if any(map(common.is_dax, request.tagged.pieces)):
+            return "QEMU 11.1 maps files into a window, and refuses a DAX device"
         if not vm.broker:
             return "no broker runs on this host"
         if not vm.ram_shared:

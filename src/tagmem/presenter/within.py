@@ -45,14 +45,15 @@ Tell = Callable[[dict[str, Any]], None]
 def tagged_here(tag: str, run_dir: str) -> Tagged:
     """A tag that this machine has by name, as a presenter wants it. Raises NotFound.
 
-    It may have content, and nothing says that its bytes are a dead end once it has gone.
+    It may have content. A VM of its own never has another tag's device in the place of this one's,
+    so a stale mapping in it leads nowhere.
     """
     link = Path(run_dir, "by-tag", parse_tag(tag))
     try:
         size = int((link.parent.parent / Path(os.readlink(link)).parent.name / "size").read_text())
     except (OSError, ValueError):
         raise NotFound(f"tag {tag} has no name in {run_dir}") from None
-    return Tagged(tag, size, (Piece(os.path.realpath(link), 0, size),))
+    return Tagged(tag, size, (Piece(os.path.realpath(link), 0, size),), dead_end=True)
 
 
 async def present(
