@@ -8,6 +8,7 @@ sense for what cannot come and go are put to it.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -189,6 +190,7 @@ async def row(lab: Lab, name: str, put: Put, report: Report) -> Row:
     bench.guest = lab.guest(spec(name, tagged))
     trial = Trial(bench, SpMem(), at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"))
     kernel = ""
+    before = round(os.getloadavg()[0], 2)
     try:
         try:
             kernel = (await bench.boot()).kernel
@@ -209,8 +211,9 @@ async def row(lab: Lab, name: str, put: Put, report: Report) -> Row:
         with suppress(asyncio.CancelledError):
             await bench.end()
     what = trial.way.describe()
+    load = (before, round(os.getloadavg()[0], 2))
     return Row(
-        what.name, what.summary, name, bench.guest.accel, kernel, dict(trial.cells), (), trial.at
+        what.name, what.summary, name, bench.guest.accel, kernel, dict(trial.cells), load, trial.at
     )
 
 
