@@ -41,6 +41,8 @@ class System:
     def __init__(self, state: Path) -> None:
         self.state = state
         self.environment = dict(os.environ) | {"TAGMEM_STATE_DIR": str(state)}
+        self.within: tuple[str, ...] = ()
+        """Words before the command that starts the system, such as those that enter a namespace."""
 
     def tagmem(self, *words: str, code: int | None = 0) -> Any:
         """What it says; `code`: how it must end, None for any failure."""
@@ -64,7 +66,7 @@ class System:
 
     def up(self) -> None:
         subprocess.run(
-            [*TAGMEM, "up", "--state-dir", str(self.state)],
+            [*self.within, *TAGMEM, "up", "--state-dir", str(self.state)],
             check=True,
             stdout=subprocess.DEVNULL,
             timeout=60,
@@ -98,7 +100,7 @@ class System:
         for told in self.tagmem("vm", "list", "-o", "json"):
             self.tagmem("vm", "stop", told["name"], "-o", "json")
         subprocess.run(
-            [*TAGMEM, "down", "--state-dir", str(self.state)],
+            [*self.within, *TAGMEM, "down", "--state-dir", str(self.state)],
             stdout=subprocess.DEVNULL,
             check=True,
             timeout=60,
