@@ -13,7 +13,7 @@ import pytest
 from tests.system.waiting import wait_until
 from tests.vm.hosts import COUNT
 from tests.vm.test_host_vms import SIZE, System
-from tests.vm.world import HOLD
+from  import HOLD
 
 from tagmem.demo.configs import config_texts
 from tagmem.demo.layout import Layout
