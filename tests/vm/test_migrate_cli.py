@@ -13,10 +13,10 @@ import pytest
 from tests.system.waiting import wait_until
 from tests.vm.hosts import COUNT
 from tests.vm.test_host_vms import SIZE, System
-from  import HOLD
 
 from tagmem.demo.configs import config_texts
 from tagmem.demo.layout import Layout
+from tagmem.lab.programs import HOLD
 
 HEAD_BYTES = 2 << 20
 HEAD = 'head_room = "2MiB"\n'
