@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from tagmem.agent.config import HostConfig
     from tagmem.appliance.config import ApplianceConfig
+    from tagmem.base.units import Bytes
     from tagmem.orchestrator.config import OrchestratorConfig
     from tagmem.ports import DaxDevices, Hypervisors, Media, Peers, Store
     from tagmem.presenter.host import Keep, Tags
@@ -135,6 +136,7 @@ def appliance(config: Path) -> int:
             pools,
             hugetlbfs=settings.hugetlbfs,
             head_bytes=settings.head_bytes,
+            header=_header,
         )
         with (
             closing(media),
@@ -144,6 +146,18 @@ def appliance(config: Path) -> int:
     finally:
         directory.release()
     return 0
+
+
+def _header(allocation: str, size_bytes: Bytes) -> tuple[Bytes, bytes]:
+    """What shows a tag to the kernel of a guest; nothing where no DAX device could be made."""
+    from tagmem.base.errors import InvalidInput
+    from tagmem.presenter.header import DATA_AT, HEADER_AT, dax_header
+
+    try:
+        content = dax_header(allocation, DATA_AT + size_bytes)
+    except InvalidInput:
+        content = b""
+    return DATA_AT - HEADER_AT, content
 
 
 async def _appliance(settings: ApplianceConfig, store: Store, media: Media) -> None:

@@ -237,3 +237,19 @@ def test_media_that_cannot_be_used_are_named(shm: Path) -> None:
         open_media("by-tag", shm / "file", [], {})
     with pytest.raises(InvalidInput, match="hugetlbfs"):
         open_media("by-tag", shm, [], {}, hugetlbfs=True)
+
+
+def test_what_shows_a_tag_to_guests_stands_in_front_of_its_capacity(tmp_path: Path) -> None:
+    """Written beforehand, because a host may be allowed to read only; and wiped with the rest."""
+    host = tmp_path / "host"
+    media = ByTagMedia(
+        tmp_path, [str(host)], head_bytes=8192, header=lambda name, size: (4096, name.encode())
+    )
+    pieces = media.positions([(0, 4096, 0)])
+    media.create("some-tag", 0, pieces)
+    media.expose("some-tag", str(host))
+    assert (host / "some-tag").read_bytes() == bytes(4096) + b"some-tag".ljust(8192, b"\0")
+    for _ in media.sanitise("some-tag", 0, pieces):
+        pass
+    assert not (host / "some-tag").exists() or not any((host / "some-tag").read_bytes())
+    media.close()

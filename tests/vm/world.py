@@ -27,6 +27,7 @@ from tagmem.ports import MediaPiece
 from tagmem.presenter.broker import Broker
 from tagmem.presenter.choose import all_presenters
 from tagmem.presenter.contract import Detached, Need, Piece, Presentation, Request, Tagged, Windows
+from tagmem.presenter.header import DATA_AT, HEADER_AT, dax_header
 from tagmem.presenter.qemu import Vm
 from tagmem.wire import guest as wire
 
@@ -52,6 +53,11 @@ memory, at = mmap.mmap(fd, int(sys.argv[2])), int(sys.argv[3])
 data = bytes.fromhex(sys.argv[4])
 memory[at:at + len(data)] = data
 """
+
+
+def header(tag: str, size: Bytes) -> tuple[Bytes, bytes]:
+    """As the appliance leaves it in front of a tag."""
+    return DATA_AT - HEADER_AT, dax_header(tag, DATA_AT + size)
 
 
 class LateSockets:
@@ -84,7 +90,7 @@ class World:
         self._runner = runner
         self.folder = Path(tempfile.mkdtemp(prefix="tagmem-vm-", dir="/dev/shm"))
         self.host = self.folder / "host"
-        self.media = ByTagMedia(self.folder, [str(self.host)], head_bytes=HEAD_BYTES)
+        self.media = ByTagMedia(self.folder, [str(self.host)], head_bytes=HEAD_BYTES, header=header)
         self.guest: Guest = Lab().guest(spec)
         self.broker: Broker | None = None
         self.sockets = LateSockets()

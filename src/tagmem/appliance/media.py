@@ -23,7 +23,7 @@ import fcntl
 import mmap
 import os
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -121,18 +121,29 @@ class _FileMedia:
         return length
 
 
+Header = Callable[[str, Bytes], tuple[Bytes, bytes]]
+"""(allocation, its size) to (how far in front of the capacity, what stands there)."""
+
+
 class ByTagMedia(_FileMedia):
     """One file per allocation.
 
     `head_bytes` of each file in front of its bytes are no capacity: room for the header that shows
-    the tag to a guest. They are wiped and given up with the rest.
+    the tag to a guest. They are wiped and given up with the rest. `header` writes it beforehand, so
+    that a host which may only read finds it.
     """
 
     def __init__(
-        self, directory: Path, host_directories: Iterable[str], *, head_bytes: Bytes = 0
+        self,
+        directory: Path,
+        host_directories: Iterable[str],
+        *,
+        head_bytes: Bytes = 0,
+        header: Header | None = None,
     ) -> None:
         super().__init__(directory, host_directories)
         self._head_bytes = head_bytes
+        self._header = header if head_bytes else None
 
     def positions(self, pieces: Iterable[tuple[int, int, int]]) -> tuple[MediaPiece, ...]:
         """Offsets in the allocation's own file."""
@@ -148,6 +159,9 @@ class ByTagMedia(_FileMedia):
             return
         try:
             os.ftruncate(fd, _end(pieces))
+            if self._header is not None:
+                before, content = self._header(allocation, _end(pieces) - self._head_bytes)
+                os.pwrite(fd, content, self._head_bytes - before)
         finally:
             os.close(fd)
 
@@ -414,6 +428,7 @@ def open_media(
     *,
     hugetlbfs: bool = False,
     head_bytes: Bytes = 0,
+    header: Header | None = None,
 ) -> ByTagMedia | ByDpaMedia:
     """The media in `directory`, made if missing.
 
@@ -423,7 +438,7 @@ def open_media(
         raise InvalidInput("media_dir", "on a hugetlbfs (hugetlbfs = true)", str(directory))
     if layout == "by-dpa":
         return ByDpaMedia(directory, host_directories, pools)
-    media = ByTagMedia(directory, host_directories, head_bytes=head_bytes)
+    media = ByTagMedia(directory, host_directories, head_bytes=head_bytes, header=header)
     device = os.stat(media.media).st_dev
     for host in host_directories:
         if os.stat(host).st_dev != device:

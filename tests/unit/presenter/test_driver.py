@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import msgspec
 import pytest
 from tests.unit.presenter.machines import ROOMY, TAG, FakeMachine, tagged
 
-from tagmem.base.errors import RemoteError, Unsupported
-from tagmem.base.units import MILLISECOND, SECOND
+from tagmem.base.errors import Conflict, RemoteError, Unsupported
+from tagmem.base.units import MIB, MILLISECOND, SECOND
 from tagmem.presenter.choose import all_presenters
-from tagmem.presenter.contract import Detached, Presentation, Request
+from tagmem.presenter.contract import Detached, MakeHeader, Presentation, Request
+from tagmem.presenter.driver import perform
+from tagmem.presenter.header import HEADER_AT, HEADER_SIZE, parse_dax_header
 from tagmem.presenter.vhost_pmem import TRIES
 from tagmem.wire import guest
 
@@ -105,6 +108,22 @@ def test_a_character_device_may_be_busy_for_a_moment() -> None:
     vm = FakeMachine(ROOMY, RELEASED, refusals=[busy, busy])
     assert detach(vm).done
     assert vm.log.count("chardev-remove") == 3
+
+
+def test_a_host_that_may_only_read_needs_the_header_to_be_there(tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    with media.open("wb") as file:
+        file.truncate(6 * MIB)
+    step = MakeHeader(TAG, str(media), 0, 6 * MIB, read_only=True)
+    with pytest.raises(Conflict, match="may only read"):
+        asyncio.run(perform(step, FakeMachine()))
+    assert media.read_bytes() == bytes(6 * MIB)
+    asyncio.run(perform(msgspec.structs.replace(step, read_only=False), FakeMachine()))
+    written = media.read_bytes()
+    assert parse_dax_header(written[HEADER_AT:][:HEADER_SIZE]).tag == TAG
+    media.chmod(0o400)
+    asyncio.run(perform(step, FakeMachine()))
+    assert media.read_bytes() == written
 
 
 def test_the_guest_lets_go() -> None:
