@@ -93,6 +93,18 @@ def test_the_librarys_objects_depend_on_no_luck() -> None:
     assert document["accesses"] > 100
 
 
+def test_arrays_threads_and_children_are_seen_as_well() -> None:
+    named = {"nothing": None, "flush": "missing flush", "invalidate": "missing invalidate"}
+    for forgotten, missing in named.items():
+        code, document = check(*python(DATA / "arrays.py", forgotten), options=("--once",))
+        found = document["found"]
+        assert (found and found["missing"]) == missing
+        assert code == (1 if missing else 0)
+        if found:
+            assert any("arrays.py" in line for line in found["by"]["where"])
+            assert "arrays.py" in found["stored"]["where"][0]
+
+
 def test_the_end_of_the_command_is_told() -> None:
     code, document = check("sh", "-c", "exit 5")
     assert (code, document["found"], document["exit_codes"]) == (5, None, [5, 5])

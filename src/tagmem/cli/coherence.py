@@ -143,11 +143,14 @@ def _show(plan: Plan, verdict: Verdict, runs: int, *, as_json: bool) -> None:
             "accesses": verdict.accesses,
             "exit_codes": list(verdict.codes),
             "timed_out": verdict.timed_out,
+            "fence_not_seen": verdict.unfenced,
             "found": msgspec.to_builtins(found) if found else None,
         }
         show_json(document)
     elif found:
         click.echo(tell(found))
+        if verdict.unfenced:
+            click.echo("  no fence was seen for long after a write back: see docs/coherence.md")
         click.echo(f"  seed {verdict.seed} (--seed {verdict.seed} shows it again)")
     if found:
         raise click.exceptions.Exit(EXIT_FAILED)

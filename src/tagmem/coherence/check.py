@@ -34,7 +34,6 @@ from tagmem.coherence.trace import (
     EVENT_BYTES_MAX,
     GO,
     GO_TO_FENCE,
-    OUTSIDE,
     Code,
     Event,
     Kind,
@@ -262,12 +261,17 @@ class Check:
             thread.channel.close()
             self._threads.remove(thread)
             return False
-        event = decode_event(data)
+        try:
+            event = decode_event(data)
+        except ValueError as error:
+            raise InvalidInput("trace", "a tracer's events", str(error)) from None
         if not thread.pid:
             self._processes.met(event.pid)
         thread.pid, thread.tid = event.pid, event.tid
         if event.host >= len(self._views):
-            raise InvalidInput("host", f"below {len(self._views)}", event.host)
+            raise InvalidInput("trace: host", f"below {len(self._views)}", event.host)
+        if event.kind is Kind.ACCESS and event.offset >= self._plan.size_bytes:
+            raise InvalidInput("trace: offset", f"below {self._plan.size_bytes}", event.offset)
         thread.event = event
         return True
 
@@ -348,7 +352,7 @@ class Check:
         room = self._plan.size_bytes
         if does.moves:
             sides = (event.source, event.target)
-            loads, stores = ([(at, does.size_bytes)] if at != OUTSIDE else [] for at in sides)
+            loads, stores = ([(at, does.size_bytes)] if at < room else [] for at in sides)
         else:
             span = (event.offset, does.size_bytes)
             loads = [span] if does.loads else []

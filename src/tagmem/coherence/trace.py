@@ -14,7 +14,6 @@ from tagmem.base.errors import Unsupported
 
 LIBRARY = Path(__file__).with_name("libtracer.so")
 GO, GO_TO_FENCE = b"g", b"f"
-OUTSIDE = (1 << 64) - 1
 EVENT_BYTES_MAX = 4096
 SITE_FRAMES_MAX = 6
 _HEAD = struct.Struct("<IIQQQQQIIII16s")
@@ -51,7 +50,9 @@ Site = tuple[Frame, ...]
 
 @dataclass(frozen=True)
 class Event:
-    """One message of a thread."""
+    """One message of a thread. `source` and `target` are where RSI and RDI point, in the tag or far
+    beyond its end.
+    """
 
     kind: Kind
     host: int

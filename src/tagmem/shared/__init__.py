@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tagmem.shared.objects import Shared as Shared
     from tagmem.shared.objects import create as create
     from tagmem.shared.objects import open as open  # noqa: A004 - goes with `tagmem.open`
+    from tagmem.shared.stale import lines_of as lines_of
 
 # What there is, and where: module, name in it.
 _PUBLIC: dict[str, tuple[str, str]] = {
