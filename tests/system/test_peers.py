@@ -107,7 +107,7 @@ def test_a_host_answers_another_through_the_orchestrator(
         send(session, 2, {"vm": "nothing"})
         told = answer(session)
         assert (told.id, told.kind) == (2, "invalid")
-        assert "a request between hypervisors" in told.error
+        assert "vm: must be one of look, incoming" in told.error
 
 
 def test_a_host_that_dies_while_it_is_asked_leaves_an_unknown_outcome(
