@@ -362,7 +362,7 @@ class HostTag(msgspec.Struct, frozen=True):
     tag: str
     size_bytes: int
     path: str
-    """The file that has its bytes."""
+    """The file that has its bytes: its own, or an appliance's whole pool."""
     pieces: Sequence[MediaPiece]
     """In the order of the tag's bytes."""
     read_only: bool

@@ -32,11 +32,13 @@ from tagmem.presenter.qemu import Vm
 from tagmem.wire import guest as wire
 
 T = TypeVar("T")
+Spec = GuestSpec | Callable[[Path], GuestSpec]
+"""A guest, or what it is once its folder is known."""
 
 HEAD_BYTES = 2 * MIB
 WAYS = all_presenters()
 STAYING = frozenset(
-    name for name, way in WAYS.items() if way.describe().removal in ("sometimes", "never")
+    name for name, way in WAYS.items() if way.describe().removal not in ("host", "guest")
 )
 """Those that a guest may keep until its end."""
 
@@ -86,12 +88,16 @@ class LateSockets:
 class World:
     """One booted guest and everything around it."""
 
-    def __init__(self, runner: asyncio.Runner, spec: GuestSpec) -> None:
+    def __init__(self, runner: asyncio.Runner, spec: Spec) -> None:
         self._runner = runner
         self.folder = Path(tempfile.mkdtemp(prefix="tagmem-vm-", dir="/dev/shm"))
         self.host = self.folder / "host"
+        self.pool = self.folder / "pool" / "media" / "pool0"
+        """Of media by DPA, where the guest has a window of them."""
+        self._next_dpa = 0
         self.media = ByTagMedia(self.folder, [str(self.host)], head_bytes=HEAD_BYTES, header=header)
-        self.guest: Guest = Lab().guest(spec)
+        made = spec if isinstance(spec, GuestSpec) else spec(self.folder)
+        self.guest: Guest = Lab().guest(made)
         self.broker: Broker | None = None
         self.sockets = LateSockets()
         self.shown: list[Presentation] = []
@@ -158,6 +164,12 @@ class World:
         return Tagged(
             tag, size, parts, loaded=loaded, dead_end=dead_end, head_room_bytes=HEAD_BYTES
         )
+
+    def extent(self, size: Bytes, *, at: Bytes | None = None) -> Tagged:
+        """A tag as a host has it of an appliance with media by DPA: part of a pool's file."""
+        if at is None:
+            at = self._next_dpa = self._next_dpa + 32 * MIB
+        return Tagged(str(uuid4()), size, (Piece(str(self.pool), at, size),))
 
     def sanitise(self, tagged: Tagged) -> int:
         """Wipe it as the appliance does; bytes that were read back as zero."""
@@ -306,7 +318,7 @@ class World:
 
 
 @contextmanager
-def booted(spec: GuestSpec) -> Iterator[World]:
+def booted(spec: Spec) -> Iterator[World]:
     with asyncio.Runner() as runner:
         world = World(runner, spec)
         try:

@@ -175,6 +175,8 @@ class HostService:
         self._surfacing: dict[str, r.Surface] = {}
         self._checking: dict[str, r.CheckHolders] = {}
         self._media_kept: dict[str, int] = {}
+        self._pools: dict[str, tuple[str, tuple[MediaPiece, ...]]] = {}
+        """Of tags whose bytes are part of an appliance's pool: its file, and where in it."""
         self._refusals = Refusals(Path(config.run))
         self._refused: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -286,19 +288,24 @@ class HostService:
         path = self._devices.found().get(tag, "")
         if state is None or not path or not state.in_use:
             raise NotFound(f"tag {tag} is not attached to this host")
-        if not os.path.exists(path):
-            raise Unsupported(f"tag {tag}: its bytes have no file of their own on this host")
-        head = self._head_bytes.get(state.appliance, 0)
         size = sum(length for _, length in state.extents)
+        head = self._head_bytes.get(state.appliance, 0)
+        pieces: tuple[MediaPiece, ...] = (MediaPiece(head, size),)
+        own = os.path.exists(path)
+        if not own:
+            if tag not in self._pools:
+                why = "its bytes are in no file that this host knows of"
+                raise Unsupported(f"tag {tag}: {why}; attached anew, it asks the appliance")
+            (path, pieces), head = self._pools[tag], 0
         desired = state.desired
         return HostTag(
             tag,
             size,
             path,
-            (MediaPiece(head, size),),
+            pieces,
             desired is not None and desired.read_only,
             desired is not None and desired.shared,
-            dead_end=not isinstance(self._devices, KernelDax),
+            dead_end=own and not isinstance(self._devices, KernelDax),
             head_room_bytes=head,
         )
 
@@ -372,6 +379,8 @@ class HostService:
         path = ""
         if answer.media.layout is MediaLayout.BY_TAG and descriptor >= 0:
             path = f"/proc/self/fd/{descriptor}"
+        elif descriptor >= 0:
+            self._pools[answer.tag] = (os.readlink(f"/proc/self/fd/{descriptor}"), pieces)
         self._device_worker.order(_Placed(0, effect, path, pieces))
 
     # ---- in the device worker
@@ -430,6 +439,7 @@ class HostService:
             self._device_worker.tell(connection.perform, order)
 
     def _give_up(self, tag: str) -> bool:
+        self._pools.pop(tag, None)
         close_quietly(self._media_kept.pop(tag, -1))
         self._tickets.pop(tag, None)
         try:

@@ -19,7 +19,10 @@ from tagmem.cli.base import Forward, Group, Seconds, Settings, Size, api_options
 from tagmem.cli.render import Column, joined, show_fields, show_json, show_table, size_writer
 
 LINE_BYTES_MAX = 1 << 20
-WAYS = ("auto", "vhost-pmem", "pmem", "ivshmem", "nvdimm", "dimm", "virtio-mem")
+WAYS = (
+    *("auto", "vhost-pmem", "pmem", "ivshmem", "nvdimm", "cxl-static", "cxl"),
+    *("dimm", "virtio-mem"),
+)
 NEEDS = ("guaranteed", "dax", "ram", "live_migration", "discoverable")
 
 
@@ -100,6 +103,10 @@ def vm(ctx: click.Context, run_dir: str) -> None:
 @click.option("--initrd", default="", help="It has to bring the guest agent along.")
 @click.option("--append", default="", help="More words of the kernel's command line.")
 @click.option("--nvdimm", is_flag=True, help="Allow NVDIMMs to be plugged in.")
+@click.option(
+    "--cxl-ports", type=click.IntRange(0, 8), default=0, help="CXL root ports (cxl-static)."
+)
+@click.option("--cxl-window", default="", help="A pool's file for dynamic capacity (cxl).")
 @click.option(
     "--forward",
     "forwards",

@@ -26,6 +26,7 @@ from tagmem.guest.channel import Channel
 from tagmem.guest.commands import Commands
 from tagmem.guest.down import take_lock
 from tagmem.guest.find import Roots
+from tagmem.guest.making import Making
 from tagmem.guest.names import Names
 from tagmem.guest.release import Outcome, Release, as_told
 from tagmem.guest.system import System, say
@@ -123,6 +124,7 @@ class Agent:
         self._attaching: dict[str, list[_Attaching]] = {}
         self._detaching: dict[str, _Detaching] = {}
         self._ejected: list[Callable[[], None]] = []
+        self._making = Making(self._system, self._later)
         self._claimed: set[tuple[str, str]] = set()
         """(tag, DAX device) that was claimed for an Attach that still waits."""
         self._raw: set[str] = set()
@@ -148,6 +150,7 @@ class Agent:
             w.Find: self._find,
             w.Attach: self._attach,
             w.Detach: self._detach,
+            w.Give: self._give,
             w.Exec: self._exec,
             w.Signal: self._signal,
             w.Eject: self._eject,
@@ -369,12 +372,13 @@ class Agent:
         if request.told is not None and request.told.tag != tag:
             self._fail(request.id, "invalid", f"told.tag: must be {tag}")
             return
-        if request.told is not None:
-            self._learn(request.told)
         self._withdrawn.pop(tag, None)
         now = time.monotonic()
         waiting = _Attaching(request, now, now + request.wait_ms / 1000)
         self._attaching.setdefault(tag, []).append(waiting)
+        told = request.told
+        if told is not None and not self._making.make(told, request.wait_ms / 1000, self._made):
+            self._learn(told)
         self._scan(now)
 
     def _learn(self, told: w.Told) -> None:
@@ -385,6 +389,13 @@ class Agent:
                 del self._told[tag]
         if len(self._told) < w.MEMORIES_MAX:
             self._told[told.tag] = told
+
+    def _made(self, told: w.Told, reason: str) -> None:
+        """CXL memory has its DAX device, or there is none, and why."""
+        self._next_scan = 0.0
+        self._learn(told)
+        for waiting in self._attaching.pop(told.tag, ()) if reason else ():
+            self._fail(waiting.request.id, "failed", reason)
 
     def _answer_attach(self, tag: str) -> None:
         self._claimed = {claimed for claimed in self._claimed if claimed[0] != tag}
@@ -493,15 +504,16 @@ class Agent:
 
     def _when_ejected(self, detaching: _Detaching) -> Callable[[str], None]:
         def ejected(reason: str) -> None:
-            self._ejected.append(lambda: self._finish(detaching, reason))
-            self._wake()
+            self._later(lambda: self._finish(detaching, reason))
 
         return ejected
 
-    def _wake(self) -> None:
+    def _later(self, finish: Callable[[], None]) -> None:
+        """What a thread has for the loop to do."""
+        self._ejected.append(finish)
         try:
             os.write(self._wake_write, b"\0")
-        except (BlockingIOError, OSError):
+        except OSError:
             return
 
     def _finish(self, detaching: _Detaching, why: str) -> None:
@@ -553,11 +565,17 @@ class Agent:
 
     # ---- eject, reset, the end
 
+    def _give(self, request: w.Give) -> None:
+        def given(reason: str) -> None:
+            number = request.id
+            self._send(w.Failed(number, "conflict", reason) if reason else w.Done(number))
+
+        self._making.give(request.told, given, busy=request.told.tag in self._detaching)
+
     def _eject(self, request: w.Eject) -> None:
         def done(reason: str) -> None:
             answer = w.Failed(request.id, "failed", reason) if reason else w.Done(request.id)
-            self._ejected.append(lambda: self._send(answer))
-            self._wake()
+            self._later(lambda: self._send(answer))
 
         memory = self._present.get(request.tag) or self._withdrawn.get(request.tag)
         if bool(request.slot) == bool(request.tag):

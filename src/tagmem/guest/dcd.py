@@ -46,6 +46,8 @@ BACKGROUND_POLLS_MAX = 60_000
 COMMIT_POLLS_MAX = 20
 EXTENTS_MAX = 65_536
 ROUNDS_MAX = 64
+RECORDS_KEPT_MAX = 4
+"""Of QEMU's eight records."""
 _CAPABILITIES_MAX = 64
 _DECODERS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 """By the encoding of the HDM decoder capability."""
@@ -353,8 +355,10 @@ class _Group:
 class Driver:
     """What one device has offered, and what we hold of it."""
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    def __init__(self, mailbox: Mailbox, *, keep_asked: bool = False) -> None:
         self._mailbox = mailbox
+        self._keep_asked = keep_asked
+        """Leave what is asked back in the log until it is released, for a driver after this one."""
         self.regions: tuple[Region, ...] = ()
         self.held: dict[int, Extent] = {}
         """By DPA; the device's own list, with such tags as the offers had."""
@@ -476,7 +480,8 @@ class Driver:
                 self._pending.append(group)
                 events.append(Offer(group.number, extents, group.whole))
                 continue
-            group.settled = True
+            asked = group.kind == ASK_RELEASE and any(map(self._holds, extents))
+            group.settled = not (self._keep_asked and asked)
             if group.kind in (ASK_RELEASE, FORCED_RELEASE):
                 forced = group.kind == FORCED_RELEASE
                 events.append(ReleaseAsked(extents, forced))
@@ -497,6 +502,9 @@ class Driver:
     def _clear(self, *, force: bool = False) -> Steps[bool]:
         """Clear the oldest records, as far as they are settled: handles go in temporal order."""
         handles: list[int] = []
+        for behind, (_, group) in enumerate(reversed(self._log), 1):
+            if behind > RECORDS_KEPT_MAX and group.kind == ASK_RELEASE:
+                group.settled = True  # A full log would cost an offer, told of only once.
         for handle, group in self._log:
             if not (group.settled or force):
                 break
@@ -585,6 +593,10 @@ class Driver:
         yield from self._respond(RELEASE, extents)
         for extent in extents:
             del self.held[extent.dpa]
+        for _, group in self._log:
+            if group.kind == ASK_RELEASE and not any(map(self._holds, group.extents)):
+                group.settled = True
+        yield from self._clear()
 
     def _respond(self, opcode: int, extents: Sequence[Extent]) -> Steps[None]:
         """In several commands when one does not hold them: 4802h says so (More), 4803h need not."""
@@ -627,6 +639,17 @@ class Decoders:
                 return cls(space, base, _DECODERS[min(encoded, len(_DECODERS) - 1)])
         return None
 
+    def committed(self, number: int) -> Steps[tuple[int, int] | None]:
+        """(base, size) of a decoder that is committed; None: it is free."""
+        at = self._base + 0x10 + 0x20 * number
+        if not (yield Read(self._space, at + 0x10, 4)) >> 10 & 1:
+            return None
+        found = []
+        for offset in (0x00, 0x08):
+            low = yield Read(self._space, at + offset, 4)
+            found.append(low | (yield Read(self._space, at + offset + 4, 4)) << 32)
+        return found[0], found[1]
+
     def program(
         self, number: int, base: int, size: int, *, skip: int = 0, targets: Sequence[int] = ()
     ) -> Steps[None]:
@@ -642,8 +665,11 @@ class Decoders:
         if not 0 <= number < self.count or not size:
             raise InvalidInput("decoder", f"0 to {self.count - 1}, of some size", number)
         at = self._base + 0x10 + 0x20 * number
-        if (yield Read(self._space, at + 0x10, 4)) >> 10 & 1:
-            yield from self._same(number, at, base, size)
+        seen = yield from self.committed(number)
+        if seen is not None:
+            if seen != (base, size):
+                what = f"decoder {number} is committed for {seen[0]:#x}+{seen[1]:#x} already"
+                raise Conflict(what)
             return
         control = yield Read(self._space, self._base + 4, 4)
         yield Write(self._space, self._base + 4, 4, control | 2)
@@ -662,14 +688,6 @@ class Decoders:
             yield Pause(POLL_SECONDS)
         yield Write(self._space, at + 0x10, 4, host_only)
         raise Unsupported(f"the device does not commit decoder {number} at {base:#x}")
-
-    def _same(self, number: int, at: int, base: int, size: int) -> Steps[None]:
-        seen = []
-        for offset in (0x00, 0x08):
-            low = yield Read(self._space, at + offset, 4)
-            seen.append(low | (yield Read(self._space, at + offset + 4, 4)) << 32)
-        if seen != [base, size]:
-            raise Conflict(f"decoder {number} is committed for {seen[0]:#x}+{seen[1]:#x} already")
 
     def tear_down(self, number: int) -> Steps[None]:
         """Take a decoder back; the last one first."""

@@ -248,7 +248,8 @@ def _as_told(memory: Memory, told: tuple[Told, ...], roots: Roots) -> Memory:
         size = entry.size_bytes or memory.size_bytes
         if size > memory.size_bytes or size % memory.align_bytes:
             continue
-        kind = "cxl-static" if memory.kind == "cxl" else memory.kind
+        made = {"cxl": "cxl-static", "hmem": "cxl-dcd" if entry.kind == "cxl" else "hmem"}
+        kind = made.get(memory.kind, memory.kind)
         return memory._replace(tag=entry.tag, kind=kind, size_bytes=size, read_only=entry.read_only)
     return memory
 

@@ -15,9 +15,10 @@ import sys
 import threading
 from collections.abc import Callable
 
-from tagmem.base.errors import Unsupported
+from tagmem.base.errors import TagmemError, Unsupported
+from tagmem.guest.cxl import Cxl, check
 from tagmem.guest.find import Roots, attribute
-from tagmem.wire.guest import Memory
+from tagmem.wire.guest import Memory, Told
 
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1
@@ -32,6 +33,7 @@ class System:
 
     def __init__(self, roots: Roots) -> None:
         self._roots = roots
+        self._cxl = Cxl(roots, self.claim)
 
     def identity(self) -> tuple[str, str, str]:
         """(boot id, a name for this run of the agent, kernel)."""
@@ -48,7 +50,7 @@ class System:
             found.append("daxctl")
         if attribute(f"{self._roots.sysfs}/kernel", "kexec_loaded") == "1":
             found.append("kexec")
-        return tuple(found)
+        return (*found, *self._cxl.features())
 
     def uevents(self) -> socket.socket | None:
         """A socket that becomes readable when devices come or go; None where we may not."""
@@ -85,6 +87,12 @@ class System:
         same.
         """
         sysfs = self._roots.sysfs
+        if memory.kind == "cxl-dcd":
+            self._apart(lambda: self._cxl.drop(memory.name), done)
+            return
+        if memory.kind == "cxl-static":
+            self._apart(lambda: self._leave(memory), done)
+            return
         if memory.slot:
             write = (f"{sysfs}/bus/pci/slots/{memory.slot}/power", "0")
         elif memory.address:
@@ -97,13 +105,44 @@ class System:
         """Switch a slot's power off."""
         self._write(f"{self._roots.sysfs}/bus/pci/slots/{slot}/power", "0", done)
 
+    def _leave(self, memory: Memory) -> None:
+        self._cxl.tear_down(memory)
+        if memory.slot:
+            _put(f"{self._roots.sysfs}/bus/pci/slots/{memory.slot}/power", "0")
+
+    def prepare(self, told: Told, seconds: float, done: Callable[[int, str], None]) -> None:
+        """Make a DAX device of CXL memory; `done` gets where it lies (0: its serial tells), or a
+        reason, in a thread.
+        """
+        place = [0]
+
+        def make() -> None:
+            check(told)
+            if told.kind == "cxl":
+                place[0] = self._cxl.take(told)
+            else:
+                self._cxl.commit(told, seconds)
+
+        self._apart(make, lambda reason: done(place[0], reason))
+
+    def give(self, told: Told, done: Callable[[str], None]) -> None:
+        """Have a CXL device take an extent back; `done` gets a reason, in a thread."""
+
+        def give() -> None:
+            check(told)
+            self._cxl.give(told)
+
+        self._apart(give, done)
+
     def _write(self, path: str, value: str, done: Callable[[str], None]) -> None:
+        self._apart(lambda: _put(path, value), done)
+
+    def _apart(self, work: Callable[[], None], done: Callable[[str], None]) -> None:
         def run() -> None:
             try:
-                with open(path, "w", encoding="ascii") as file:
-                    file.write(value)
-            except OSError as error:
-                done(f"{path}: {error.strerror}")
+                work()
+            except (TagmemError, OSError, ValueError) as error:
+                done(str(error) or type(error).__name__)
             else:
                 done("")
 
@@ -155,6 +194,14 @@ class System:
         if libc.reboot(ctypes.c_int(_REBOOT[how])) != 0:
             number = ctypes.get_errno()
             raise Unsupported(f"{how}: {os.strerror(number)}")
+
+
+def _put(path: str, value: str) -> None:
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(value)
+    except OSError as error:
+        raise Unsupported(f"{path}: {error.strerror}") from error
 
 
 def _try(command: list[str]) -> None:

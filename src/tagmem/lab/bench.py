@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from tagmem.appliance.media import ByTagMedia
+from tagmem.appliance.media import ByDpaMedia, ByTagMedia
 from tagmem.base.errors import OutcomeUnknown, TagmemError
 from tagmem.base.units import MIB, SECOND, Bytes, Nanoseconds
 from tagmem.io import stream
 from tagmem.lab.boot import Guest, Lab
 from tagmem.lab.errors import GuestDied, LabFailed
-from tagmem.lab.spec import GuestSpec
+from tagmem.lab.spec import GuestSpec, with_cxl
 from tagmem.presenter.broker import Broker
 from tagmem.presenter.contract import (
     GuestChannel,
+    Lent,
     Piece,
     Presentation,
     Presenter,
@@ -36,6 +37,7 @@ from tagmem.presenter.contract import (
     VmFacts,
     Windows,
 )
+from tagmem.presenter.machine import CxlSpec
 from tagmem.presenter.qemu import Vm
 from tagmem.wire import guest as wire
 
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
 """Where files are memory: a disk's speed is not what is measured."""
+POOL_BYTES = 2048 * MIB
+POOL_STEP_BYTES = 32 * MIB
 HEAD_BYTES = 2 * MIB
 """Room for a tag's header in front of its capacity."""
 GREET_NS = 90 * SECOND
@@ -86,6 +90,10 @@ class Metered:
     async def wait_gone(self, deadline_ns: Nanoseconds) -> bool:
         """See `contract.Machine`."""
         return await self._vm.wait_gone(deadline_ns)
+
+    async def lend(self, tag: str, lent: Lent | None) -> None:
+        """See `contract.Machine`."""
+        await self._vm.lend(tag, lent)
 
     async def stop(self, deadline_ns: Nanoseconds) -> None:
         """See `contract.Machine`."""
@@ -164,10 +172,18 @@ class Program:
 class Bench:
     """One booted guest and everything around it."""
 
-    def __init__(self, lab: Lab, spec: GuestSpec) -> None:
+    def __init__(self, lab: Lab, spec: GuestSpec, *, cxl_ports: int = 0) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="tagmem-lab-", dir=MEMORY))
         self.host = self.folder / "host"
         self.media = ByTagMedia(self.folder, [str(self.host)], head_bytes=HEAD_BYTES)
+        self.pool = self.folder / "pool" / "media" / "pool0"
+        """Of media by DPA, where the guest has a window of them."""
+        self._next_dpa = 0
+        if cxl_ports:
+            pool = ByDpaMedia(self.folder / "pool", [], {0: POOL_BYTES})
+            pool.renew()
+            pool.close()
+            spec = with_cxl(spec, CxlSpec(cxl_ports, str(self.pool), POOL_BYTES))
         self.guest: Guest = lab.guest(spec)
         self.broker: Broker | None = None
         self._vm: Vm | None = None
@@ -225,6 +241,12 @@ class Bench:
         parts = tuple(Piece(path, piece.offset, piece.length) for piece in pieces)
         return Tagged(tag, size, parts, loaded=loaded, dead_end=True, head_room_bytes=HEAD_BYTES)
 
+    def extent(self, size: Bytes) -> Tagged:
+        """A tag as a host has it of an appliance with media by DPA: part of a pool's file."""
+        at = self._next_dpa
+        self._next_dpa += -(-size // POOL_STEP_BYTES) * POOL_STEP_BYTES
+        return Tagged(str(uuid4()), size, (Piece(str(self.pool), at, size),))
+
     def write(self, tagged: Tagged, at: int, data: bytes) -> None:
         """Bytes into the appliance's media."""
         fd = os.open(tagged.pieces[0].path, os.O_RDWR | os.O_CLOEXEC)
@@ -235,8 +257,23 @@ class Bench:
 
     def drop(self, tagged: Tagged) -> None:
         """The tag's file goes, as far as QEMU has let go of it."""
+        if tagged.pieces[0].path == str(self.pool):
+            return
         self.media.conceal(tagged.tag, str(self.host))
         self.media.drop(tagged.tag, 0)
+
+    async def force_release(self, shown: Presentation) -> None:
+        """What QEMU's own schema has for taking an extent by force."""
+        piece = shown.tagged.pieces[0]
+        arguments = {
+            "path": f"/machine/peripheral/{shown.device}",
+            "host-id": 0,
+            "removal-policy": "prescriptive",
+            "forced-removal": True,
+            "region": 0,
+            "extents": [{"offset": piece.offset, "len": piece.length}],
+        }
+        await self.vm.execute("cxl-release-dynamic-capacity", arguments)
 
     async def held(self, shown: Presentation) -> bool:
         """Whether QEMU's process still has the tag's bytes."""

@@ -39,11 +39,17 @@ SIZE = 64 * MIB
 RAM_SIZE = 256 * MIB
 HOLD_BYTES = 96 * MIB
 COPY_BYTES = 64 * MIB
+EXTENT_SIZE = 16 * MIB
+"""Where each access is emulated, so that a copy of it ends in time."""
+UNIT_TRIED = 256 * MIB
+TRIED_UNITS = tuple(n * MIB for n in (64, 256, 384, 512))
 TRIED = tuple(n * MIB for n in (2, 4, 6, 10))
 TRIED_RAM = tuple(n * MIB for n in (2, 64, 128, 130, 192, 256))
 REPEATS = 3
 TRIES = 3
 WATCH_SECONDS = 4.0
+WARNED = 512
+"""The kernel's taint of a warning, which decoders that are taken back cost inside a VM."""
 SENTINEL = b"tagmem!\n"
 SHORT_NS = 2 * SECOND
 DETACH_NS = 12 * SECOND
@@ -73,14 +79,29 @@ class Trial:
     @property
     def size(self) -> Bytes:
         """What is attached unless another size is the question."""
-        return RAM_SIZE if self.ram else SIZE
+        if self.ram:
+            return RAM_SIZE
+        return EXTENT_SIZE if self.by_dpa else max(SIZE, self.way.describe().minimum_bytes)
+
+    @property
+    def by_dpa(self) -> bool:
+        """Whether it shows parts of an appliance's pool instead of files of their own."""
+        return self.way.describe().name == "cxl"
+
+    @property
+    def tried(self) -> tuple[Bytes, ...]:
+        """Sizes to be tried, from small to large."""
+        if self.way.describe().minimum_bytes >= UNIT_TRIED:
+            return TRIED_UNITS
+        return TRIED_RAM if self.ram else TRIED
 
     @property
     def how(self) -> str:
         """How the guest sees that it came; see programs.WATCH."""
         if self.ram:
             return "ram"
-        return "dax" if self.way.describe().tag_in_band else "bar"
+        what = self.way.describe()
+        return "dax" if what.tag_in_band else "new" if what.dax else "bar"
 
     @property
     def stays(self) -> bool:
@@ -89,7 +110,9 @@ class Trial:
 
     def tag(self, size: Bytes = 0) -> Tagged:
         """A new one, with known bytes at its front."""
-        tagged = self.bench.make(size or self.size, loaded=not self.ram)
+        size = size or self.size
+        loaded = not self.ram
+        tagged = self.bench.extent(size) if self.by_dpa else self.bench.make(size, loaded=loaded)
         if not self.ram:
             self.bench.write(tagged, 0, SENTINEL)
         return tagged
@@ -137,6 +160,8 @@ class Trial:
         leaving = [] if self.stays else self.left
         kept = await self.bench.tidy(self.way, leaving)
         for shown in leaving:
+            if shown in kept and self.way.describe().removal == "vm-end":
+                continue  # QEMU has the bytes, the guest has not: the next one is put beside it
             if shown in kept:
                 self.standing = shown
                 self.notes.append("it could not be taken out at once")
@@ -149,7 +174,7 @@ class Trial:
             with suppress(TagmemError, OSError):
                 self.bench.drop(shown.tagged)
         if not self.stays:
-            self.left = kept
+            self.left = [] if self.way.describe().removal == "vm-end" else kept
 
 
 Answers = dict[str, Cell]
@@ -274,10 +299,25 @@ async def _bare_once(trial: Trial) -> tuple[float, str, str]:
     return milliseconds, said, sent
 
 
+async def _bare_in_vain(trial: Trial) -> Answers:
+    """Of what the agent has to make: whether the guest has a DAX device without it."""
+    try:
+        milliseconds, said, sent = await _bare_once(trial)
+    except LabFailed as error:
+        why = f"without the agent: {error}"
+        return {"bare": Cell("impossible: no DAX device by itself", why, "impossible")}
+    finally:
+        await trial.tidy()
+    text = f"{milliseconds:.0f} ms"
+    return {"bare": Cell(text, f"{text} for {sent}; guest: {said}", value=round(milliseconds, 1))}
+
+
 async def ask_bare(trial: Trial) -> Answers:
     """The same commands to QEMU with neither survey nor agent; for a window with the broker."""
     times: list[float] = []
     said, sent, lost = "", "", 0
+    if trial.how == "new":
+        return await _bare_in_vain(trial)
     wanted = 1 if trial.stays else REPEATS
     while len(times) < wanted:
         try:
@@ -335,6 +375,8 @@ async def ask_stock(trial: Trial) -> Answers:
     """The guest's kernel."""
     release, tainted, version = (await trial.bench.python(programs.KERNEL)).split("\n")[:3]
     text = "yes" if tainted == "0" and "Debian" in version else "no"
+    if text == "no" and tainted == str(WARNED) and "Debian" in version:
+        text = "yes; it warned meanwhile"
     return {"stock": Cell(text, f"{version}; tainted {tainted}; {release}")}
 
 
@@ -409,7 +451,7 @@ async def ask_sizes(trial: Trial) -> Answers:
     """Sizes, from small to large: which are attached, and what is said of the others."""
     took: list[Bytes] = []
     said: list[str] = []
-    for size in TRIED_RAM if trial.ram else TRIED:
+    for size in trial.tried:
         if trial.stays and len(took) == 3:
             break
         tagged = trial.tag(size)
@@ -436,9 +478,9 @@ async def ask_sizes(trial: Trial) -> Answers:
 
 
 def _granularity(took: Sequence[Bytes], trial: Trial) -> str:
-    tried = TRIED_RAM if trial.ram else TRIED
     if all(size & (size - 1) == 0 for size in took):
-        odd = [size for size in tried if size & (size - 1) and size > took[0]]
+        whole = [size for size in trial.tried if size > took[0] and size % took[0] == 0]
+        odd = [size for size in whole if size & (size - 1)]
         if odd and len(took) > 1:
             steps = {size - took[0] for size in took[1:]}
             if trial.ram and min(steps) == took[0]:
@@ -509,8 +551,11 @@ async def _by_force(trial: Trial, shown: Presentation) -> Cell:
         return Cell(f"yes, {milliseconds:.0f} ms", f"{evidence}; QEMU's process has no map of it")
     vm = trial.bench.vm
     try:
-        await vm.execute("device_del", {"id": shown.device})
-        left = await vm.deleted(shown.device, SHORT_NS)
+        if trial.by_dpa:
+            await trial.bench.force_release(shown)
+        else:
+            await vm.execute("device_del", {"id": shown.device})
+        left = not trial.by_dpa and await vm.deleted(shown.device, SHORT_NS)
         blunt = "the device left" if left else "accepted, and the device did not leave in 2 s"
     except TagmemError as error:
         blunt = str(error)

@@ -28,6 +28,13 @@ def dax():
         if os.path.exists(uuid) and text(uuid) == tag:
             return '/dev/' + os.path.basename(os.path.realpath(p))
 
+def new():
+    for p in sorted(set(glob.glob('/dev/dax*')) - before):
+        try:
+            return byte(p)
+        except (OSError, ValueError):
+            pass
+
 def byte(path):
     fd = os.open(path, os.O_RDWR)
     memory = mmap.mmap(fd, size)
@@ -38,6 +45,8 @@ def look():
     if how == 'dax':
         path = dax()
         return path and byte(path)
+    if how == 'new':
+        return new()
     if how == 'bar':
         for p in bars() - before:
             with open(p + '/enable', 'w') as file:
@@ -47,7 +56,8 @@ def look():
     new = blocks() - before
     return new and '- ' + ' '.join(sorted(os.path.basename(os.path.dirname(p)) for p in new))
 
-before = bars() if how == 'bar' else blocks() if how == 'ram' else None
+known = {'bar': bars, 'ram': blocks, 'new': lambda: set(glob.glob('/dev/dax*'))}
+before = known[how]() if how in known else None
 print('ready', flush=True)
 end = time.monotonic() + wait
 while time.monotonic() < end:

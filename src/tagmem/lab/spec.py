@@ -9,13 +9,14 @@ keeps that space out of a hole that AMD processors have below 1 TiB.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from tagmem.base.errors import InvalidInput
 from tagmem.base.units import GIB, MIB, Bytes
 from tagmem.lab.qemus import NAMES, Qemu
+from tagmem.presenter.machine import CxlSpec, cxl_arguments, cxl_options, cxl_words
 
 Accel = Literal["kvm", "tcg"]
 Firmware = Literal["seabios", "edk2"]
@@ -205,6 +206,17 @@ def command_line(
     if spec.incoming:
         line += ["-incoming", "defer"]
     return line + list(spec.arguments)
+
+
+def with_cxl(spec: GuestSpec, cxl: CxlSpec) -> GuestSpec:
+    """The guest with CXL host bridges, ports and windows beside what it has."""
+    words = cxl_words(cxl, spec.memory_bytes, spec.memory_bytes_max, spec.memory_slots)
+    return replace(
+        spec,
+        machine=(*spec.machine, *cxl_options(cxl)),
+        arguments=(*spec.arguments, *cxl_arguments(cxl)),
+        kernel_arguments=(*spec.kernel_arguments, *words),
+    )
 
 
 QMP_TRACE = ("handle_qmp_command", "monitor_qmp_respond", "monitor_protocol_event_emit")

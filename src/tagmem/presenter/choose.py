@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from tagmem.base.errors import InvalidInput, Unsupported
 from tagmem.presenter.contract import Choice, Presenter, Request, Verdict, VmFacts
+from tagmem.presenter.cxl import Cxl
+from tagmem.presenter.cxl_static import CxlStatic
 from tagmem.presenter.dimm import Dimm
 from tagmem.presenter.ivshmem import Ivshmem
 from tagmem.presenter.nvdimm import Nvdimm
@@ -28,6 +30,8 @@ def all_presenters() -> dict[str, Presenter]:
         Pmem(),
         Ivshmem(),
         Nvdimm(),
+        CxlStatic(),
+        Cxl(),
         Dimm(),
         VirtioMem(),
     )

@@ -65,6 +65,37 @@ class Slot(Value, frozen=True):
     """The id of the device in it; empty: free."""
 
 
+class Lent(Value, frozen=True):
+    """An extent of a CXL window that was offered to the guest: which tag lies where, because QEMU
+    forgets tags.
+    """
+
+    tag: str
+    window: str
+    """QEMU's id of the device."""
+    dpa: Bytes
+    length: Bytes
+    state: Literal["offered", "held"] = "offered"
+    """`offered`: whether the guest took it is not known; nothing else is put there meanwhile."""
+
+
+class CxlWindow(Value, frozen=True):
+    """An emulated CXL device with dynamic capacity, directly on a root port: bytes of one file, at
+    the device's addresses.
+    """
+
+    device: str
+    serial: str
+    """As sysfs writes it: 0xabc."""
+    path: str
+    offset: Bytes
+    """Of the device's address 0 in the file."""
+    size_bytes: Bytes
+    regions: int = 1
+    """DC regions of the same size."""
+    lent: tuple[Lent, ...] = ()
+
+
 class GuestFacts(Value, frozen=True):
     """What the guest's agent said of the guest. Untrusted: it decides what is tried, never what is
     proved.
@@ -101,7 +132,7 @@ class VmFacts(Value, frozen=True):
     """Device types of ours that this QEMU can create."""
     cxl_ports: tuple[str, ...] = ()
     """Free CXL root ports, directly on a host bridge with a fixed memory window."""
-    cxl_windows: tuple[str, ...] = ()
+    cxl_windows: tuple[CxlWindow, ...] = ()
     """Emulated devices with dynamic capacity: host windows that extents can be put in."""
     broker: bool = False
     """A vhost-user back-end of ours runs on this host."""
@@ -134,9 +165,9 @@ class Request(Value, frozen=True):
     align_bytes: Bytes = 2 << 20
 
 
-Removal = Literal["host", "guest", "sometimes", "never"]
-"""Who can take it back: the host alone, the guest if it wants to, the guest if its kernel can, or
-nobody before QEMU ends."""
+Removal = Literal["host", "guest", "sometimes", "vm-end", "never"]
+"""Who can take it back: the host alone, the guest if it wants to, the guest if its kernel can, the
+guest out of itself while QEMU keeps the bytes until it ends, or nobody before QEMU ends."""
 Migration = Literal["stays", "refused", "broken"]
 """`stays`: migrates in place (x-ignore-shared); `refused`: blocks it; `broken`: is lost by it."""
 
@@ -253,6 +284,23 @@ class CloseWindow(Value, frozen=True):
     device: str
 
 
+class OfferExtent(Value, frozen=True):
+    """Offer an extent to the guest, whose agent is asked to take it afterwards. It is on record
+    before QEMU is told.
+    """
+
+    lent: Lent
+
+
+class RecallExtent(Value, frozen=True):
+    """Have the guest's agent give a tag's extent back, or refuse it; done when QEMU, asked to
+    release it, says that nothing is there.
+    """
+
+    tag: str
+    deadline_ns: Nanoseconds
+
+
 class AskGuest(Value, frozen=True):
     """Ask the guest's agent. `needed`: with a refusal or without an answer the plan stops here."""
 
@@ -303,6 +351,8 @@ Step = (
     | SeeWindow
     | RevokeWindow
     | CloseWindow
+    | OfferExtent
+    | RecallExtent
     | AskGuest
     | AwaitDeleted
     | AwaitSize
@@ -432,6 +482,9 @@ class Machine(Protocol):
     async def wait_gone(self, deadline_ns: Nanoseconds) -> bool:
         """Whether QEMU's process ends within so many nanoseconds."""
         ...
+
+    async def lend(self, tag: str, lent: Lent | None) -> None:
+        """Note what is lent under a tag, or that it is no more; durable when it returns."""
 
     async def stop(self, deadline_ns: Nanoseconds) -> None:
         """End QEMU. Returns when its process is gone; raises OutcomeUnknown while it is not."""

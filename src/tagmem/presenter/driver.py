@@ -20,6 +20,7 @@ import msgspec
 
 from tagmem.base.errors import Conflict, OutcomeUnknown, RemoteError, TagmemError, Unsupported
 from tagmem.base.units import MILLISECOND, SECOND, Nanoseconds
+from tagmem.presenter import extents
 from tagmem.presenter.contract import (
     AskGuest,
     AwaitDeleted,
@@ -33,10 +34,12 @@ from tagmem.presenter.contract import (
     Machine,
     MakeHeader,
     MapWindow,
+    OfferExtent,
     OpenWindow,
     Plan,
     Presentation,
     ProveUnmapped,
+    RecallExtent,
     Request,
     RevokeWindow,
     SeeWindow,
@@ -115,6 +118,10 @@ async def perform(step: Step, vm: Machine) -> guest.Answer | None:
             await _windows(vm).revoke(step.device, step.deadline_ns)
         case CloseWindow():
             await _windows(vm).close(step.device)
+        case OfferExtent():
+            await extents.offer(step, vm)
+        case RecallExtent():
+            await extents.recall(step, vm)
         case AskGuest():
             return await _ask(step, vm)
         case AwaitDeleted():
@@ -257,6 +264,8 @@ async def undo(done: Sequence[Step], vm: Machine) -> list[str]:
             if isinstance(step, OpenWindow):
                 await _execute(vm, "chardev-remove", {"id": step.chardev})
                 await _windows(vm).close(step.device)
+            elif isinstance(step, OfferExtent):
+                await extents.recall(RecallExtent(step.lent.tag, extents.RECALL_NS), vm)
             elif isinstance(step, Command) and step.undo is not None:
                 command, arguments = step.undo
                 await vm.execute(command, arguments)
@@ -397,6 +406,8 @@ class Descent:
             return AskGuest(request, deadline, step.needed)
         if isinstance(step, AwaitDeleted):
             return AwaitDeleted(step.device, min(step.deadline_ns, left))
+        if isinstance(step, RecallExtent):
+            return RecallExtent(step.tag, min(step.deadline_ns, left))
         if isinstance(step, AwaitSize):
             return AwaitSize(step.device, step.size_bytes, left)
         return step

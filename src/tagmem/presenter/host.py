@@ -61,6 +61,7 @@ from tagmem.presenter.requests import (
     read,
     rebuildable,
     same_machine,
+    spec_of,
 )
 from tagmem.presenter.window import Goal
 from tagmem.wire import guest
@@ -252,6 +253,10 @@ class Hypervisor:
     async def _keep_value(self, key: str, value: Value | None) -> None:
         await self._keep(key, None if value is None else msgspec.json.encode(value).decode())
 
+    async def _record(self, entry: _Entry, **changes: Any) -> None:
+        entry.record = msgspec.structs.replace(entry.record, **changes)
+        await self._keep_value(f"vm/{entry.record.name}", entry.record)
+
     async def _show(self, shown: Presentation) -> None:
         self._shown[shown.vm, shown.tagged.tag] = shown
         await self._keep_value(f"tag/{shown.vm}/{shown.tagged.tag}", shown)
@@ -271,6 +276,8 @@ class Hypervisor:
 
     def _have(self, entry: _Entry, vm: Vm) -> None:
         entry.vm, entry.trouble = vm, ""
+        vm.lent = {lent.tag: lent for lent in entry.record.lent}
+        vm.on_lent = lambda: self._record(entry, lent=tuple(vm.lent.values()))
         if vm.guest is not None:
             entry.attendant = Attendant(
                 vm.guest, lambda: self._given(vm.name), self._given_back, self._show
@@ -331,18 +338,8 @@ class Hypervisor:
         self._new(request.name)
         directory = self._directory / request.name
         given = await ram.judged(request.memory_from, self._for_ram)
-        spec = VmSpec(
-            request.name,
-            str(directory),
-            memory_bytes=request.memory_bytes,
-            cpus=request.cpus,
-            kernel=request.kernel,
-            initrd=request.initrd,
-            append=request.append,
-            nvdimm=request.nvdimm,
-            forwards=request.forwards,
-            nodes=tuple(node for _, nodes in given for node in nodes),
-        )
+        nodes = tuple(node for _, nodes in given for node in nodes)
+        spec = await asyncio.to_thread(spec_of, request, str(directory), nodes)
         shown = [ram.presentation(tagged, request.name, nodes) for tagged, nodes in given]
         self._new(request.name)
         for each in shown:
@@ -374,14 +371,12 @@ class Hypervisor:
             for each in shown:
                 await self._show(each)
             spec = await self._parts(spec, qemu)
-            record = entry.record = msgspec.structs.replace(record, cgroup=spec.cgroup)
-            await self._keep_value(f"vm/{name}", record)
+            await self._record(entry, cgroup=spec.cgroup)
             vm = await Vm.start(spec, self._broker.windows(name))
         except TagmemError:
             await self._ended(name)
             raise
-        entry.record = msgspec.structs.replace(record, pid=vm.pid, started_at=started_at(vm.pid))
-        await self._keep_value(f"vm/{name}", entry.record)
+        await self._record(entry, pid=vm.pid, started_at=started_at(vm.pid))
         for each in shown:
             await self._show(msgspec.structs.replace(each, state="attached"))
         self._have(entry, vm)

@@ -43,6 +43,28 @@ class MemoryNode(Value, frozen=True):
     """Not RAM: soft-reserved, of which the guest's kernel makes a DAX device."""
 
 
+CXL_PORTS_MAX = 8
+CXL_UNIT_BYTES = 256 * MIB
+"""Of windows, and of the memory of devices in them."""
+CXL_PORT_BYTES = 64 * GIB
+"""The window of each port: the largest device that can be plugged there."""
+CXL_BUS, CXL_BUSES = 32, 8
+"""Bus numbers of the first CXL host bridge, and what is left to each."""
+CXL_CHASSIS = 64
+CXL_SERIAL = 0x7461676D_656D0000
+"""Of the device with dynamic capacity; those of tags are random."""
+
+
+class CxlSpec(Value, frozen=True):
+    """CXL host bridges, each with one root port and one fixed memory window."""
+
+    ports: int = 0
+    """Free ones, for a device per tag."""
+    window: str = ""
+    """The file of a device with dynamic capacity (an appliance's pool, by DPA); empty: none."""
+    window_bytes: Bytes = 0
+
+
 class VmSpec(Value, frozen=True):
     """A VM to be started."""
 
@@ -68,6 +90,7 @@ class VmSpec(Value, frozen=True):
     nvdimm: bool = False
     forwards: tuple[tuple[int, int], ...] = ()
     """(port of this machine's loopback, TCP port of the guest); any makes a user network card."""
+    cxl: CxlSpec = CxlSpec()
     incoming: bool = False
     """Wait for a migration to come in."""
     nodes: tuple[MemoryNode, ...] = ()
@@ -106,10 +129,23 @@ def check(spec: VmSpec) -> None:
         )
     if _ram_bytes(spec) > spec.memory_max_bytes:
         raise InvalidInput("memory", f"at most {spec.memory_max_bytes} bytes", _ram_bytes(spec))
+    _check_cxl(spec)
     paths = (spec.directory, spec.kernel, spec.initrd, *(node.path for node in spec.nodes))
-    for path in (*paths, *(spec.firmware or ())):
+    for path in (*paths, *(spec.firmware or ()), spec.cxl.window):
         if "," in path or "\n" in path:
             raise InvalidInput("path", "without commas", path)
+
+
+def _check_cxl(spec: VmSpec) -> None:
+    cxl = spec.cxl
+    if not 0 <= cxl.ports <= CXL_PORTS_MAX:
+        raise InvalidInput("cxl.ports", f"0 to {CXL_PORTS_MAX}", cxl.ports)
+    if cxl.window and (not cxl.window_bytes or cxl.window_bytes % CXL_UNIT_BYTES):
+        limit = f"a multiple of {CXL_UNIT_BYTES}"
+        raise InvalidInput("cxl.window_bytes", limit, cxl.window_bytes)
+    if cxl.window and any(node.specific_purpose for node in spec.nodes):
+        limit = "without specific-purpose memory, which moves the window"
+        raise InvalidInput("cxl.window", limit, cxl.window)
 
 
 def _ram_bytes(spec: VmSpec) -> Bytes:
@@ -145,6 +181,57 @@ def _nodes(spec: VmSpec) -> list[str]:
     return words
 
 
+def cxl_options(cxl: CxlSpec) -> tuple[str, ...]:
+    """Options of the machine; the window of the dynamic device comes first."""
+    sizes = ([cxl.window_bytes] if cxl.window else []) + [CXL_PORT_BYTES] * cxl.ports
+    first = 0 if cxl.window else 1
+    windows = [
+        f"cxl-fmw.{n}.targets.0=tmcxl{n + first},cxl-fmw.{n}.size={size}"
+        for n, size in enumerate(sizes)
+    ]
+    return ("cxl=on", *windows) if windows else ()
+
+
+def cxl_arguments(cxl: CxlSpec) -> list[str]:
+    """Bridges, ports, and the dynamic device. Bridges of plugged devices have decoders, because
+    a device behind one that passes all through never leaves in QEMU.
+    """
+    numbers = range(0 if cxl.window else 1, cxl.ports + 1)
+    line: list[str] = []
+    for number in numbers:
+        bridge = f"pxb-cxl,id=tmcxl{number},bus=pcie.0,bus_nr={CXL_BUS + CXL_BUSES * number}"
+        slot = CXL_CHASSIS + number
+        port = f"cxl-rp,id=tmcp{number},bus=tmcxl{number},port=0,chassis={slot},slot={slot}"
+        line += ["-device", bridge + (",hdm_for_passthrough=on" if number else "")]
+        line += ["-device", port]
+    if cxl.window:
+        file = f"memory-backend-file,id=tmcw0-m,mem-path={cxl.window},size={cxl.window_bytes}"
+        device = f"cxl-type3,id=tmcw0,bus=tmcp0,sn={CXL_SERIAL:#x},volatile-dc-memdev=tmcw0-m"
+        line += ["-object", f"{file},share=on,dump=off"]
+        line += ["-device", f"{device},num-dc-regions=1"]
+    return line
+
+
+def cxl_words(
+    cxl: CxlSpec, memory_bytes: Bytes, memory_max_bytes: Bytes, memory_slots: int
+) -> tuple[str, ...]:
+    """What the guest's kernel is told: the window of the dynamic device is specific-purpose memory,
+    and no driver takes it before the agent does.
+
+    q35 puts CXL behind all device memory, which has room for aligning each slot to 1 GiB; host
+    bridges' registers come first.
+    """
+    if not cxl.window:
+        return ()
+    above = memory_bytes - 2 * GIB if memory_bytes >= 2816 * MIB else 0
+    start = -(-(4 * GIB + above) // GIB) * GIB
+    start += memory_max_bytes - memory_bytes + memory_slots * GIB
+    unit = CXL_UNIT_BYTES
+    window = -(-start // unit) * unit + unit
+    size = cxl.window_bytes // MIB
+    return (f"memmap={size}M%{window:#x}+0xefffffff", "modprobe.blacklist=dax_hmem,kmem")
+
+
 def argv(spec: VmSpec) -> list[str]:
     """QEMU's command line. Raises InvalidInput."""
     check(spec)
@@ -152,6 +239,7 @@ def argv(spec: VmSpec) -> list[str]:
     machine = "q35,hmat=on" if spec.nodes else "q35,memory-backend=ram0"
     machine += ",nvdimm=on" if spec.nvdimm else ""
     own, memory = f"{spec.memory_bytes // MIB}M", f"{_ram_bytes(spec) // MIB}M"
+    machine = ",".join([machine, *cxl_options(spec.cxl)])
     arguments = [
         *spec.qemu,
         *("-name", spec.name, "-nodefaults", "-no-user-config", "-display", "none"),
@@ -174,12 +262,15 @@ def argv(spec: VmSpec) -> list[str]:
         arguments += ["-device", "virtio-net-pci,netdev=net0,romfile="]
     for path, readonly in zip(spec.firmware or (), ("on", "off"), strict=False):
         arguments += ["-drive", f"if=pflash,format=raw,readonly={readonly},file={path}"]
+    arguments += cxl_arguments(spec.cxl)
+    words = cxl_words(spec.cxl, _ram_bytes(spec), spec.memory_max_bytes, spec.memory_slots)
     if spec.kernel:
         arguments += ["-kernel", spec.kernel]
     if spec.initrd:
         arguments += ["-initrd", spec.initrd]
-    if spec.append:
-        arguments += ["-append", spec.append]
+    append = " ".join(word for word in (spec.append, *words) if word)
+    if spec.kernel and append:
+        arguments += ["-append", append]
     if spec.incoming:
         arguments += ["-incoming", "defer"]
     return arguments + list(spec.extra)

@@ -15,7 +15,7 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tagmem.base.errors import Conflict, NotFound, OutcomeUnknown, RemoteError
 from tagmem.base.units import SECOND, Bytes, Nanoseconds
 from tagmem.presenter import apart, survey
 from tagmem.presenter.channel import Channel
-from tagmem.presenter.contract import VmFacts, Windows
+from tagmem.presenter.contract import Lent, VmFacts, Windows
 from tagmem.presenter.machine import VmSpec, argv
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,10 @@ class Vm:
         self._changed = asyncio.Event()
         self._drivers: tuple[str, ...] | None = None
         self.on_gone: Callable[[], None] = lambda: None
+        self.lent: dict[str, Lent] = {}
+        """What the guest was offered of CXL windows, by tag."""
+        self.on_lent: Callable[[], Awaitable[None]] | None = None
+        """Keeps `lent`; awaited before it counts."""
 
     # ---- coming to be
 
@@ -295,6 +299,7 @@ class Vm:
                 raise
             return VmFacts(self.name, (0, 0, 0), "gone")
         guest = self._channel.facts() if self._channel is not None else None
+        found = survey.with_lent(found, self.lent.values())
         windows = self._windows
         return survey.completed(
             found,
@@ -302,6 +307,15 @@ class Vm:
             guest=guest,
             window_regions=windows.regions() if windows is not None else 0,
         )
+
+    async def lend(self, tag: str, lent: Lent | None) -> None:
+        """See `contract.Machine`."""
+        if lent is None:
+            self.lent.pop(tag, None)
+        else:
+            self.lent[tag] = lent
+        if self.on_lent is not None:
+            await self.on_lent()
 
     async def pause(self) -> None:
         """Stop its processors."""

@@ -7,6 +7,7 @@ All of it is checked here for shape and limits; what it means for the VMs is `pr
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,8 +16,8 @@ import msgspec
 from tagmem.base.errors import InvalidInput, Unsupported
 from tagmem.base.units import GIB, SECOND, Bytes, Nanoseconds
 from tagmem.presenter.choose import AUTO
-from tagmem.presenter.contract import Need, Value
-from tagmem.presenter.machine import MemoryNode, VmSpec
+from tagmem.presenter.contract import Lent, Need, Value
+from tagmem.presenter.machine import CXL_UNIT_BYTES, CxlSpec, MemoryNode, VmSpec
 from tagmem.presenter.migrate import DEADLINE_NS, DEADLINE_NS_MAX, Build
 from tagmem.presenter.ram import MemoryFrom
 
@@ -53,6 +54,8 @@ class VmRecord(Value, frozen=True):
     """What another host makes the same machine from; None where it could not."""
     nodes: tuple[MemoryNode, ...] = ()
     """RAM of it that is in tags."""
+    lent: tuple[Lent, ...] = ()
+    """What lies where in its CXL windows, which QEMU forgets."""
 
 
 class Start(Value, frozen=True):
@@ -66,6 +69,10 @@ class Start(Value, frozen=True):
     initrd: str = ""
     append: str = ""
     nvdimm: bool = False
+    cxl_ports: int = 0
+    """CXL root ports, each for a device of one tag."""
+    cxl_window: str = ""
+    """The file of a pool (media by DPA), to be the memory of a device with dynamic capacity."""
     forwards: tuple[tuple[int, int], ...] = ()
     """(port of this machine's loopback, TCP port of the guest)."""
     wait: bool = True
@@ -139,9 +146,42 @@ class Migrate(Value, frozen=True):
     """What the last part of the stream may take while nothing runs."""
 
 
+def spec_of(request: Start, directory: str, nodes: tuple[MemoryNode, ...]) -> VmSpec:
+    """The machine that is asked for. Raises InvalidInput for a pool that cannot be."""
+    return VmSpec(
+        request.name,
+        directory,
+        memory_bytes=request.memory_bytes,
+        cpus=request.cpus,
+        kernel=request.kernel,
+        initrd=request.initrd,
+        append=request.append,
+        nvdimm=request.nvdimm,
+        forwards=request.forwards,
+        nodes=nodes,
+        cxl=_cxl_of(request),
+    )
+
+
+def _cxl_of(request: Start) -> CxlSpec:
+    """As much of the pool's file as windows can show. Raises InvalidInput."""
+    path = request.cxl_window
+    if not path:
+        return CxlSpec(request.cxl_ports)
+    try:
+        path = os.path.realpath(path)
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise InvalidInput("cxl_window", f"a file ({error.strerror})", path) from None
+    if size < CXL_UNIT_BYTES:
+        raise InvalidInput("cxl_window", f"of at least {CXL_UNIT_BYTES} bytes", size)
+    return CxlSpec(request.cxl_ports, path, size - size % CXL_UNIT_BYTES)
+
+
 def build_of(request: Start, spec: VmSpec) -> Build | None:
     """What another host can make the same machine from: nothing that only this host has."""
-    if request.kernel or request.initrd or request.forwards or request.memory_from:
+    own = request.kernel or request.initrd or request.forwards or request.memory_from
+    if own or spec.cxl != CxlSpec():
         return None
     try:
         return read(
@@ -167,7 +207,10 @@ def rebuildable(record: VmRecord) -> Build:
     if record.build is None:
         why = "was started by somebody else, who migrates it"
         if record.directory:
-            why = "has a kernel, a QEMU or ports of this host alone, and cannot leave it"
+            why = (
+                "has a kernel, a QEMU, ports or a pool of this host alone, or CXL devices, which "
+                "QEMU does not migrate, and cannot leave it"
+            )
         if record.nodes:
             why = "has RAM in a tag of this host, and cannot leave it while it runs"
         raise Unsupported(f"VM {record.name} {why}")

@@ -6,14 +6,14 @@ QEMU says is checked for shape, because an adopted one is somebody else's.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from tagmem.base.errors import OutcomeUnknown, RemoteError
 from tagmem.base.units import GIB, Bytes
-from tagmem.presenter.contract import GuestFacts, Slot, Version, VmFacts
+from tagmem.presenter.contract import CxlWindow, GuestFacts, Lent, Slot, Version, VmFacts
 
 PERIPHERAL = "/machine/peripheral"
 PORTS_MAX = 64
@@ -74,6 +74,7 @@ async def survey(name: str, execute: Execute, known_drivers: tuple[str, ...]) ->
         plugged = await execute("query-memory-devices", {})
         kvm = await execute("query-kvm", {})
         free, slots_free = _room(memory, plugged)
+        ports, windows = await _cxl(execute, devices)
         return VmFacts(
             name,
             version,
@@ -87,6 +88,8 @@ async def survey(name: str, execute: Execute, known_drivers: tuple[str, ...]) ->
             memory_free_bytes=free,
             regions_taken=_regions(memory, plugged, devices),
             drivers=known_drivers,
+            cxl_ports=ports,
+            cxl_windows=windows,
             devices=tuple(device for device, _ in devices),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -106,6 +109,16 @@ def completed(
         regions_taken=found.regions_taken + window_regions,
         window_regions=window_regions,
     )
+
+
+def with_lent(found: VmFacts, lent: Iterable[Lent]) -> VmFacts:
+    """With what was offered of its CXL windows, which QEMU does not tell."""
+    known = tuple(lent)
+    windows = tuple(
+        msgspec.structs.replace(w, lent=tuple(one for one in known if one.window == w.device))
+        for w in found.cxl_windows
+    )
+    return msgspec.structs.replace(found, cxl_windows=windows)
 
 
 def missing(vm: VmFacts) -> tuple[str, ...]:
@@ -196,3 +209,51 @@ async def _taken_by(execute: Execute, bus: str) -> str:
             where = {"path": bus, "property": entry["name"]}
             return str(await execute("qom-get", where)).rpartition("/")[2] or "?"
     return ""
+
+
+# ---- CXL
+
+
+async def _cxl(
+    execute: Execute, devices: Sequence[tuple[str, str]]
+) -> tuple[tuple[str, ...], tuple[CxlWindow, ...]]:
+    """(free CXL root ports, devices with dynamic capacity), as far as each is the only one of its
+    host bridge, to which a fixed memory window leads.
+    """
+    ports = sorted(name for name, kind in devices if kind == "cxl-rp")[:PORTS_MAX]
+    if not ports:
+        return (), ()
+    windows = await _property(execute, "/machine", "cxl-fmw", [])
+    targets = {str(w["targets"][0]) for w in windows if len(w["targets"]) == 1}
+    parents = {
+        port: str(await _property(execute, f"{PERIPHERAL}/{port}", "parent_bus", "")).split("/")[-1]
+        for port in ports
+    }
+    free: list[str] = []
+    dynamic: list[CxlWindow] = []
+    for port, bridge in parents.items():
+        if bridge not in targets or [*parents.values()].count(bridge) > 1:
+            continue
+        taken = await _taken_by(execute, f"{PERIPHERAL}/{port}/{port}")
+        if not taken:
+            free.append(port)
+        elif (window := await _window(execute, taken)) is not None:
+            dynamic.append(window)
+    return tuple(free), tuple(dynamic)
+
+
+async def _window(execute: Execute, device: str) -> CxlWindow | None:
+    """A device that has dynamic capacity and no other, from one file."""
+    path = f"{PERIPHERAL}/{device}"
+    regions = int(await _property(execute, path, "num-dc-regions", 0))
+    memory = str(await _property(execute, path, "volatile-dc-memdev", ""))
+    if not regions or not memory:
+        return None
+    for other in ("volatile-memdev", "persistent-memdev", "memdev"):
+        if await _property(execute, path, other, ""):
+            return None
+    file = str(await _property(execute, memory, "mem-path", ""))
+    offset = int(await _property(execute, memory, "offset", 0))
+    size = int(await _property(execute, memory, "size", 0))
+    serial = int(await _property(execute, path, "sn", 0))
+    return CxlWindow(device, f"{serial:#x}", file, offset, size, regions)

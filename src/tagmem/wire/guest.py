@@ -20,7 +20,7 @@ from __future__ import annotations
 import binascii
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from tagmem.base.errors import InvalidInput
 from tagmem.base.ids import parse_tag
@@ -145,7 +145,9 @@ class Memory(NamedTuple):
 class Told(NamedTuple):
     """What the host says of memory that cannot carry its tag: how to know it among its like.
 
-    At least one of serial (cxl), address, slot, acpi_index (ivshmem) and resource is given.
+    At least one of serial (cxl), address, slot, acpi_index (ivshmem) and resource is given. Two
+    kinds are to be made first: `cxl`, an extent that the device has offered, and `cxl-static`, a
+    device whose decoders are to be committed before the kernel's driver sees it.
     """
 
     tag: str
@@ -159,6 +161,8 @@ class Told(NamedTuple):
     size_bytes: int = 0
     """Where the tag is smaller than what presents it (a BAR is a power of two); 0: all of it."""
     read_only: bool = False
+    dpa: int = 0
+    """`cxl`: where the extent of `size_bytes` lies in the address space of the device `serial`."""
 
 
 class Holder(NamedTuple):
@@ -211,6 +215,15 @@ class Detach(NamedTuple):
     everyone: bool = False
     eject: bool = False
     force: bool = False
+
+
+class Give(NamedTuple):
+    """Have a CXL device take an extent back that nobody uses any more, or has not been taken yet:
+    Done, or Failed (`conflict`: a DAX device lies over it still).
+    """
+
+    id: int
+    told: Told
 
 
 class Exec(NamedTuple):
@@ -378,7 +391,7 @@ class Leaving(NamedTuple):
 CODES = ("absent", "busy", "conflict", "failed", "invalid", "unsupported")
 HOWS = ("poweroff", "reboot", "kexec", "agent")
 
-Request = Greet | Find | Attach | Detach | Exec | Signal | Eject | Reset | Shutdown
+Request = Greet | Find | Attach | Detach | Give | Exec | Signal | Eject | Reset | Shutdown
 Answer = (
     Hello
     | Found
@@ -557,6 +570,7 @@ _SHAPES: dict[type[Any], dict[str, _Check]] = {
         "resource": _U64,
         "size_bytes": _U64,
         "read_only": _bool,
+        "dpa": _U64,
     },
     Holder: {"pid": _int(1, 1 << 31), "name": _NAME, "how": _one_of("maps", "open")},
 }
@@ -575,6 +589,7 @@ _SHAPES |= {
         "eject": _bool,
         "force": _bool,
     },
+    Give: {"id": _ID, "told": _record(Told)},
     Exec: {
         "id": _ID,
         "argv": _many(
@@ -622,27 +637,8 @@ _SHAPES |= {
     Vanished: {"id": _ANY_ID, "tag": _tag},
     Leaving: {"id": _ANY_ID, "reason": _SENTENCE, "held": _TAGS},
 }
-REQUESTS: dict[str, type[Any]] = {
-    kind.__name__.lower(): kind
-    for kind in (Greet, Find, Attach, Detach, Exec, Signal, Eject, Reset, Shutdown)
-}
-ANSWERS: dict[str, type[Any]] = {
-    kind.__name__.lower(): kind
-    for kind in (
-        Hello,
-        Found,
-        Attached,
-        Released,
-        Held,
-        Started,
-        Output,
-        Exited,
-        Done,
-        Failed,
-        Vanished,
-        Leaving,
-    )
-}
+REQUESTS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(Request)}
+ANSWERS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(Answer)}
 
 
 def _built(kind: type[Any], values: Mapping[str, Any], prefix: str = "") -> Any:

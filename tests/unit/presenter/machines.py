@@ -11,7 +11,9 @@ import msgspec
 from tagmem.base.errors import OutcomeUnknown, RemoteError
 from tagmem.base.units import GIB, MIB, Bytes, Nanoseconds
 from tagmem.presenter.contract import (
+    CxlWindow,
     GuestFacts,
+    Lent,
     Piece,
     Slot,
     Tagged,
@@ -37,13 +39,16 @@ ROOMY = VmFacts(
         "pc-dimm",
         "virtio-mem-pci",
         "ivshmem-plain",
+        "cxl-type3",
     ),
+    cxl_ports=("tmcp1",),
+    cxl_windows=(CxlWindow("tmcw0", "0xabc", "/media/tag", 0, 1 * GIB),),
     broker=True,
-    guest=GuestFacts("Linux"),
+    guest=GuestFacts("Linux", ("cxl-static", "cxl")),
 )
 
 
-def tagged(size: Bytes = 128 * MIB, **changes: Any) -> Tagged:
+def tagged(size: Bytes = 256 * MIB, **changes: Any) -> Tagged:
     made = Tagged(
         TAG,
         size,
@@ -146,6 +151,13 @@ class FakeMachine:
 
     async def wait_gone(self, deadline_ns: Nanoseconds) -> bool:
         return self.ends
+
+    async def lend(self, tag: str, lent: Lent | None) -> None:
+        self.log.append("lend" if lent else "struck off")
+        [window] = self.known.cxl_windows
+        others = tuple(one for one in window.lent if one.tag != tag)
+        now = msgspec.structs.replace(window, lent=(*others, *((lent,) if lent else ())))
+        self.known = msgspec.structs.replace(self.known, cxl_windows=(now,))
 
     async def stop(self, deadline_ns: Nanoseconds) -> None:
         self.log.append("stop-vm")

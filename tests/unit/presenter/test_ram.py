@@ -61,7 +61,7 @@ def test_figures_that_no_table_can_hold_are_refused(wanted: ram.MemoryFrom) -> N
 
 def test_each_piece_is_a_node_with_its_figures() -> None:
     pieces = (Piece("/m/1", 2 * MIB, 64 * MIB), Piece("/m/2", 0, 64 * MIB))
-    nodes = ram.nodes(FROM, tagged(pieces=pieces), 1)
+    nodes = ram.nodes(FROM, tagged(128 * MIB, pieces=pieces), 1)
     line = argv(VmSpec("vm1", "/run/vm1", memory_bytes=512 * MIB, cpus=2, nodes=nodes))
     text = " ".join(line)
     assert "q35,hmat=on" in text
