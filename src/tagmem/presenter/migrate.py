@@ -72,6 +72,7 @@ def forms(what: Description) -> Forms:
         "host": None,
         "guest": None,
         "sometimes": "the guest's kernel may keep it",
+        "vm-end": "QEMU keeps its bytes until it ends",
         "never": "it cannot be unplugged",
     }[what.removal]
     if what.migration == "stays":
