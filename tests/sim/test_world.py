@@ -12,6 +12,7 @@ import pytest
 from tagmem.domain.extent import InvariantViolated
 from tagmem.testing.planted import PLANTED
 from tagmem.testing.pod import NOTHING_PLANTED, Planted
+from tagmem.testing.sharedworld import SharedWorld
 from tagmem.testing.world import World
 
 SEEDS = 600
@@ -35,6 +36,13 @@ def test_worlds_come_to_rest_with_every_invariant_held(first: int, seed: int | N
             sys.stdout.write("\n".join(world.sim.transcript) + "\n")
         return
     run_worlds(range(first, first + SEEDS_PER_TEST))
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
+def test_shared_worlds_come_to_rest_with_every_byte_where_it_was_promised(first: int) -> None:
+    """Hand-overs, publications, references and head resets, in any order and among all faults."""
+    for number in range(first, first + SEEDS_PER_TEST):
+        SharedWorld(number).run()
 
 
 @pytest.mark.parametrize("number", [1, 5, 92, 101, 139, 153])

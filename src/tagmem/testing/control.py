@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tagmem.base.ids import ApplianceId, HostId
-from tagmem.base.units import MILLISECOND, Nanoseconds
+from tagmem.base.units import MILLISECOND, SECOND, Nanoseconds
 from tagmem.domain.effects import (
     ApplianceSnapshot,
     ConnectAppliance,
@@ -32,6 +32,10 @@ REDIAL_NS: Nanoseconds = 20 * MILLISECOND
 Dial = Callable[[str, Callable[[bytes], None]], Connection | None]
 
 
+HALF_OPEN_NS: Nanoseconds = 90 * SECOND
+"""How long an agent may take to notice that its orchestrator is gone: longer than a ladder."""
+
+
 class OrchestratorProcess(Process):
     """Decides who may hold what. `dial` opens a connection to an appliance's FM port."""
 
@@ -47,6 +51,8 @@ class OrchestratorProcess(Process):
         self._dial = dial
         self._links: dict[str, FmLink] = {}
         self._wires: dict[str, Connection] = {}
+        self.accepted: list[Connection] = []
+        """Agents' connections of this life, whether or not they have said who they are."""
         self._sessions: dict[str, Connection] = {}
         self.view = MachineView(self.machine)
 
@@ -67,6 +73,10 @@ class OrchestratorProcess(Process):
         """Every connection breaks."""
         for wire in (*self._wires.values(), *self._sessions.values()):
             wire.close("the orchestrator died")
+        for wire in self.accepted:
+            # One that had not spoken yet is left half open, and noticed by its keep-alive.
+            self.sim.after(HALF_OPEN_NS, partial(wire.close, "nobody answers"))
+        self.accepted.clear()
 
     # ---- effects
 

@@ -59,6 +59,10 @@ class SimMedia:
         self._files: dict[str, tuple[int, tuple[Piece, ...]]] = {}
         self._links: dict[tuple[int, str], tuple[int, tuple[Piece, ...]]] = {}
         """(LD, file) of what each host may reach."""
+        self.wipes: dict[str, int] = {}
+        """How often the bytes of each file were wiped."""
+        self._loaded: dict[str, int] = {}
+        """Files that were written since they were wiped last."""
 
     def _blocks(self, pool: int, pieces: Iterable[Piece]) -> list[tuple[int, int]]:
         size = self._block_bytes
@@ -96,10 +100,24 @@ class SimMedia:
             there = self.blocks.setdefault(block, tag)
             if there != tag:
                 raise InvariantViolated(f"{tag} maps block {block}, which has bytes of {there}")
+        self._loaded[file] = self.wipes.get(file, 0)
         return True
 
-    def wipe(self, pool: int, pieces: Iterable[Piece]) -> int:
+    def read(self, file: str, tag: str) -> bool:
+        """A mapping is read. False: it faults. Raises when what was written is not there."""
+        found = self._files.get(file)
+        if found is None:
+            return False
+        loaded = self._loaded.get(file) == self.wipes.get(file, 0)
+        for block in self._blocks(*found):
+            there = self.blocks.get(block, "")
+            if there != (tag if loaded else ""):
+                raise InvariantViolated(f"{tag} reads block {block} and finds {there or 'zeroes'}")
+        return True
+
+    def wipe(self, pool: int, pieces: Iterable[Piece], file: str = "") -> int:
         """Zero the blocks; returns how many bytes."""
+        self.wipes[file] = self.wipes.get(file, 0) + 1
         blocks = self._blocks(pool, pieces)
         for block in blocks:
             self.blocks.pop(block, None)
@@ -243,6 +261,6 @@ class ApplianceProcess(Process):
     def _sanitise(self, effect: Sanitise) -> None:
         if effect.forced:
             self.media.revoke(effect.file)
-        size = self.media.wipe(effect.pool, effect.pieces)
+        size = self.media.wipe(effect.pool, effect.pieces, effect.file)
         done = SanitiseDone(effect.id, effect.allocation, SanitiseMethod.PUNCH, size, size)
         self.post(done)

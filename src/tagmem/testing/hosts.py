@@ -41,7 +41,15 @@ class Workload:
     """A process on the host: it maps a file of media, and writes its tag's name there."""
 
     def __init__(
-        self, identity: str, pid: int, tag: str, appliance: str, file: str, name: str = "app"
+        self,
+        identity: str,
+        pid: int,
+        tag: str,
+        appliance: str,
+        file: str,
+        name: str = "app",
+        *,
+        read_only: bool = False,
     ) -> None:
         self.identity = identity
         self.pid = pid
@@ -49,6 +57,7 @@ class Workload:
         self.appliance = appliance
         self.file = file
         self.name = name
+        self.read_only = read_only
         self.running = True
 
 
@@ -69,6 +78,8 @@ class HostProcess(Process):
         self.links = links
         self.devices: dict[str, str] = {}
         """Tag to DAX path; the run directory outlives the agent."""
+        self.read_only: set[str] = set()
+        """The tags whose device cannot be written through."""
         self.workloads: dict[str, Workload] = {}
         """Every workload ever started, by its id."""
         self.strangers: list[Workload] = []
@@ -233,7 +244,10 @@ class HostProcess(Process):
             return False
         self._pids += 1
         file = self._file(appliance, tag) or ""
-        stranger = Workload(f"stranger-{self._pids}", self._pids, tag, appliance, file, name)
+        reads = tag in self.read_only
+        stranger = Workload(
+            f"stranger-{self._pids}", self._pids, tag, appliance, file, name, read_only=reads
+        )
         self.strangers.append(stranger)
         self.sim.say(f"{self.name}: process {stranger.pid} ({name}) maps {tag[:8]}")
         self._work(stranger)
@@ -254,6 +268,7 @@ class HostProcess(Process):
             return
         path = f"/run/{self.name}/{effect.tag}"
         self.devices[effect.tag] = path
+        (self.read_only.add if effect.read_only else self.read_only.discard)(effect.tag)
         self.post(r.Surfaced(effect.tag, effect.ticket, path))
 
     def _launch(self, effect: r.Launch) -> None:
@@ -266,7 +281,10 @@ class HostProcess(Process):
                 return
             self._pids += 1
             file = self._file(appliance, effect.tag) or ""
-            known = Workload(effect.workload.id, self._pids, effect.tag, appliance, file)
+            reads = effect.tag in self.read_only
+            known = Workload(
+                effect.workload.id, self._pids, effect.tag, appliance, file, read_only=reads
+            )
             self.workloads[known.identity] = known
             self.sim.say(f"{self.name}: process {known.pid} ({known.name}) maps {effect.tag[:8]}")
             self._work(known)
@@ -279,7 +297,9 @@ class HostProcess(Process):
         """Write, and go on while the process lives, whatever happens to the agent."""
         if not work.running:
             return
-        if not self._media[work.appliance].write(work.file, work.tag):
+        media = self._media[work.appliance]
+        act = media.read if work.read_only else media.write
+        if not act(work.file, work.tag):
             self.sim.say(f"{self.name}: process {work.pid} ({work.name}) gets SIGBUS")
             self._end(work)
             return

@@ -111,6 +111,7 @@ class Pod:
             to_client,
             fifo=True,
         )
+        self.orchestrator.accepted.append(wire)
         self.opened(wire, name, "orchestrator")
         return wire
 

@@ -59,12 +59,18 @@ class _Telling:
 class World(Pod):
     """One simulated pod in a storm."""
 
+    regions: tuple[RegionSpec, ...] = (RegionSpec(0, POOL_BYTES, BLOCK_BYTES),)
+    names: tuple[str, ...] = HOSTS
+
     def __init__(self, seed: int, planted: Planted = NOTHING_PLANTED) -> None:
-        region = RegionSpec(0, POOL_BYTES, BLOCK_BYTES)
-        spec = DeviceSpec((region,), tuple(LdSpec(h, mirrored=h == "w2") for h in HOSTS))
-        super().__init__(Simulation(seed), spec, HOSTS, planted)
-        self.client = Client(self)
+        lds = tuple(LdSpec(name, mirrored=name == "w2") for name in self.names)
+        super().__init__(Simulation(seed), DeviceSpec(self.regions, lds), self.names, planted)
+        self.client = self.make_client()
         self._countdown = CHECK_EVERY
+
+    def make_client(self) -> Client:
+        """Who asks for memory."""
+        return Client(self)
 
     def opened(self, wire: Connection, client: str, server: str) -> None:
         """Connections break sometimes."""
@@ -150,80 +156,82 @@ class Client:
     """Somebody who wants memory, loses answers, and asks again."""
 
     def __init__(self, world: World) -> None:
-        self._world = world
-        self._sim = world.sim
-        self._tags: list[str] = []
-        self._ending = False
+        self.world = world
+        self.sim = world.sim
+        self.tags: list[str] = []
+        self.ending = False
         self._launches = 0
 
     def waiting(self) -> list[str]:
         """Tags that were asked back and are not known to be gone."""
-        return list(self._tags)
+        return list(self.tags)
 
     def begin(self) -> None:
         """Ask for something now and then."""
-        self._sim.after(self._sim.random.randrange(1, 300) * MILLISECOND, self._something)
+        self.sim.after(self.sim.random.randrange(1, 300) * MILLISECOND, self.something)
 
-    def _something(self) -> None:
-        if self._ending:
+    def something(self) -> None:
+        """One thing that people ask for."""
+        if self.ending:
             return
-        choice = self._sim.random.random()
-        if choice < 0.45 and len(self._tags) < TAGS_MAX:
-            self._create()
-        elif self._tags:
-            tag = self._sim.random.choice(self._tags)
+        choice = self.sim.random.random()
+        if choice < 0.45 and len(self.tags) < TAGS_MAX:
+            self.create()
+        elif self.tags:
+            tag = self.sim.random.choice(self.tags)
             if choice < 0.6:
                 self._launch(tag)
             elif choice < 0.7:
-                self._ask(effects.AttachCapacity(tag, self._sim.random.choice(HOSTS)))
+                self.ask(effects.AttachCapacity(tag, self.sim.random.choice(self.world.names)))
             elif choice < 0.8:
-                self._ask(effects.StopWorkload(tag, self._sim.random.choice(HOSTS)))
+                self.ask(effects.StopWorkload(tag, self.sim.random.choice(self.world.names)))
             elif choice < 0.83:
-                self._ask(effects.RefreshAppliance(APPLIANCE))
+                self.ask(effects.RefreshAppliance(APPLIANCE))
             else:
                 self._release(tag)
         self.begin()
 
-    def _ask(self, event: Event, answer: Callable[[Reply], None] | None = None) -> None:
+    def ask(self, event: Event, answer: Callable[[Reply], None] | None = None) -> None:
         """Send a request; it, or its answer, may be lost or repeated."""
-        sim, faults = self._sim, self._sim.faults
+        sim, faults = self.sim, self.sim.faults
         copies = 2 if sim.chance(faults.duplicate) else 1
         for _ in range(copies):
             if not sim.chance(faults.loss):
-                sim.after(sim.delay(), lambda: self._world.orchestrator.post(event, answer))
+                sim.after(sim.delay(), lambda: self.world.orchestrator.post(event, answer))
 
-    def _create(self) -> None:
-        random = self._sim.random
+    def create(self) -> None:
+        """Ask for a capacity."""
+        random = self.sim.random
         tag = str(UUID(int=random.getrandbits(128), version=4))
-        self._tags.append(tag)
-        hosts = (random.choice(HOSTS),) if random.random() < 0.85 else ()
+        self.tags.append(tag)
+        hosts = (random.choice(self.world.names),) if random.random() < 0.85 else ()
         size = random.choice((1, 1, 2, 3, 4, 8, 20)) * BLOCK_BYTES
         contiguous = random.random() < 0.5
         event = effects.CreateCapacity(tag, size, hosts, contiguous=contiguous)
-        self._sim.say(f"client: create {tag[:8]} {size // MIB} MiB for {','.join(hosts)}")
-        self._ask(event)
+        self.sim.say(f"client: create {tag[:8]} {size // MIB} MiB for {','.join(hosts)}")
+        self.ask(event)
 
     def _launch(self, tag: str) -> None:
         self._launches += 1
-        host = self._sim.random.choice(HOSTS)
+        host = self.sim.random.choice(self.world.names)
         identity = f"{self._launches:08d}-work"
-        self._ask(effects.LaunchWorkload(tag, host, identity, ("app",)))
+        self.ask(effects.LaunchWorkload(tag, host, identity, ("app",)))
 
     def _release(self, tag: str) -> None:
-        up_to = self._sim.random.choice(("ask", "stop", "detach", "detach", "restart", "force"))
+        up_to = self.sim.random.choice(("ask", "stop", "detach", "detach", "restart", "force"))
         deadlines = {"ask": 200 * MILLISECOND, "stop": 300 * MILLISECOND, "detach": SECOND}
         event = effects.ReleaseCapacity(tag, up_to=up_to, deadlines_ns=deadlines)
-        self._ask(event, partial(self._released, tag))
+        self.ask(event, partial(self._released, tag))
 
     def _released(self, tag: str, reply: Reply) -> None:
         """TAG_IS_UNKNOWN is the only certain end; a tag that never came to be is also unknown."""
-        if self._ending and reply.outcome is Outcome.TAG_IS_UNKNOWN and tag in self._tags:
-            self._tags.remove(tag)
+        if self.ending and reply.outcome is Outcome.TAG_IS_UNKNOWN and tag in self.tags:
+            self.tags.remove(tag)
 
     def give_back(self) -> None:
         """Ask for the return of everything, and go on asking until it is gone."""
-        self._ending = True
-        for tag in self._tags:
+        self.ending = True
+        for tag in self.tags:
             self._release(tag)
-        if self._tags:
-            self._sim.after(2 * SECOND, self.give_back)
+        if self.tags:
+            self.sim.after(2 * SECOND, self.give_back)
