@@ -419,6 +419,7 @@ class Hypervisor:
             "started_by_us": bool(record.directory),
             "state": "unknown",
             "trouble": entry.trouble,
+            "busy": entry.busy,
             "tags": [self._brief(shown) for shown in self._of(record.name)],
             "nodes": [ram.told(node) for node in record.nodes],
         }

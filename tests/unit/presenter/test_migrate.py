@@ -14,6 +14,7 @@ from tagmem.base.units import MIB
 from tagmem.presenter import common
 from tagmem.presenter.choose import all_presenters
 from tagmem.presenter.contract import Piece, Presentation, Slot, Tagged
+from tagmem.presenter.machine import VmSpec
 from tagmem.presenter.migrate import (
     ADDRESSED,
     About,
@@ -32,7 +33,14 @@ from tagmem.presenter.migrate import (
     later,
     seats,
 )
-from tagmem.presenter.requests import read
+from tagmem.presenter.requests import (
+    Start,
+    VmRecord,
+    build_of,
+    read,
+    rebuildable,
+    same_machine,
+)
 
 WAYS = all_presenters()
 NAMES = sorted(WAYS)
@@ -178,6 +186,29 @@ def test_a_tag_that_is_other_on_the_target_is_no_arrival() -> None:
         arrival(WAYS["pmem"], tagged(SIZE, pieces=pieces), seat, "vm1")
     with pytest.raises(Unsupported, match="QEMU refuses"):
         arrival(WAYS["vhost-pmem"], tagged(SIZE), seat, "vm1")
+
+
+@pytest.mark.parametrize(
+    ("only_here", "why"),
+    [
+        ({"kernel": "/boot/vmlinuz"}, "of this host alone"),
+        ({"qemu": "/usr/bin/qemu-system-x86_64"}, "of this host alone"),
+        ({"forwards": ((8080, 80),)}, "of this host alone"),
+        ({"append": "two\nlines"}, "of this host alone"),
+    ],
+)
+def test_a_machine_with_what_only_this_host_has_stays(only_here: dict[str, Any], why: str) -> None:
+    spec = VmSpec("vm1", "/run/vm/vm1")
+    build = build_of(Start("vm1"), spec)
+    assert build is not None
+    again = same_machine(build, "vm1", spec.directory, ())
+    assert again == msgspec.structs.replace(spec, incoming=True)
+    record = VmRecord("vm1", "qmp", directory="/run/vm/vm1")
+    stuck = build_of(Start("vm1", **only_here), spec)
+    with pytest.raises(Unsupported, match=why):
+        rebuildable(msgspec.structs.replace(record, build=stuck))
+    with pytest.raises(Unsupported, match="by somebody else"):
+        rebuildable(VmRecord("vm1", "qmp"))
 
 
 # ---- the other host is not believed
