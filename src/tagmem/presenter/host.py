@@ -25,7 +25,6 @@ from tagmem.base.errors import (
     OutcomeUnknown,
     RemoteError,
     TagmemError,
-    Unsupported,
 )
 from tagmem.base.ids import parse_name, parse_tag
 from tagmem.base.units import SECOND, Nanoseconds
@@ -44,7 +43,7 @@ from tagmem.presenter.contract import (
     Value,
 )
 from tagmem.presenter.departure import Departures
-from tagmem.presenter.house import House, Site, this_site
+from tagmem.presenter.house import Alone, House, Site, this_site
 from tagmem.presenter.machine import VmSpec
 from tagmem.presenter.migrate import Build, Later
 from tagmem.presenter.qemu import Vm, started_at
@@ -86,14 +85,6 @@ Tags = Callable[[str], HostTag]
 """Raises NotFound for a tag that this host does not have."""
 Parts = Callable[[VmSpec, str], Awaitable[VmSpec]]
 """Completes a machine that names no kernel: QEMU by name, kernel and initial RAM disk."""
-
-
-class Alone:
-    """`ports.Peers` of a host that knows no other."""
-
-    async def call(self, host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Nobody can be asked."""
-        raise Unsupported(f"host {host}: this host has no way to the hypervisors of others")
 
 
 class _Entry:

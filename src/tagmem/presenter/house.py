@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from tagmem.base.errors import Unsupported
 from tagmem.base.units import Nanoseconds
 from tagmem.presenter.contract import Detached, Machine, Presentation, Presenter, Tagged, Value
 from tagmem.presenter.migrate import Build, Later
@@ -29,6 +30,14 @@ class Site:
 def this_site(migration_address: str = "") -> Site:
     """The machine that we run on."""
     return Site(_BOOT_ID.read_text().strip(), migration_address)
+
+
+class Alone:
+    """`ports.Peers` of a host that knows no other."""
+
+    async def call(self, host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Nobody can be asked."""
+        raise Unsupported(f"host {host}: this host has no way to the hypervisors of others")
 
 
 class MovingVm(Machine, Protocol):
