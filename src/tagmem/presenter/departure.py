@@ -321,7 +321,7 @@ class Departures:
         begun = loop.time()
         channels = [{"channel-type": "main", "addr": target}]
         await vm.execute("migrate", {"channels": channels})
-        told_at = 0.0
+        told_at, switching = 0.0, False
         while True:
             told = await vm.execute("query-migrate", {})
             status, ram = told.get("status"), told.get("ram", {})
@@ -333,8 +333,10 @@ class Departures:
             if loop.time() - begun > ask.deadline_ns / SECOND:
                 left = ram.get("remaining", 0)
                 raise Conflict(f"{left} bytes were left after {ask.deadline_ns // SECOND} s")
-            if status == "pre-switchover":
+            if status == "pre-switchover" and not switching:
                 # The guest stands, and its devices have stopped: nothing of it writes any more.
+                # Said once: QEMU tells the same state for a moment longer, and refuses a second.
+                switching = True
                 emit({"phase": "switchover"})
                 await vm.execute("migrate-continue", {"state": "pre-switchover"})
                 continue

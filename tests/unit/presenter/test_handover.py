@@ -17,7 +17,7 @@ from tests.unit.presenter.machines import ROOMY, TAG
 from tests.unit.presenter.machines import tagged as described
 from tests.vm.waiting import until
 
-from tagmem.base.errors import Conflict, NotFound, OutcomeUnknown, TagmemError
+from tagmem.base.errors import Conflict, NotFound, OutcomeUnknown, RemoteError, TagmemError
 from tagmem.base.units import MIB
 from tagmem.presenter import common
 from tagmem.presenter.arrival import Arrivals
@@ -57,7 +57,7 @@ class Qemu:
         self.name = NAME
         self.state = "inmigrate" if waits else "running"
         self.stream = "none"
-        self.gone = False
+        self.gone = self.continued = False
         self.target: Qemu | None = None
 
     async def facts(self) -> VmFacts:
@@ -83,8 +83,10 @@ class Qemu:
                 self.target = next((q for q in self.world.qemus if q.stream == "setup"), None)
             case "migrate-incoming":
                 self.stream = "setup"
+            case "migrate-continue" if self.continued:
+                raise RemoteError("QEMU", 1, "Migration not in expected state: device")
             case "migrate-continue":
-                self._sent()
+                self.continued = True
             case "migrate_cancel":
                 self.stream, self.state = "cancelled", "running"
             case "cont":
@@ -101,6 +103,8 @@ class Qemu:
             self.target.stream, self.target.state = "completed", "paused"
 
     async def news(self, deadline_ns: int) -> None:
+        if self.continued and self.stream == "pre-switchover":
+            self._sent()  # Not before: it tells the old state for a moment longer.
         if self.stream == "active":
             self.stream, self.state = "pre-switchover", "finish-migrate"
         await asyncio.sleep(0)
