@@ -214,7 +214,7 @@ def test_all_is_removed_and_attached_again(vm: Moving) -> None:
 # ---- the table, held to
 
 
-@pytest.mark.parametrize("way", [n for n, w in WAYS.items() if w.describe().migration != "stays"])
+@pytest.mark.parametrize("way", SWITCHED)
 def test_what_is_said_not_to_migrate_does_not(vm: Moving, way: str) -> None:
     """Asked to stay, it is refused before anything is done, with the reason of the table."""
     tag = vm.world.tag("w1", "w2")

@@ -29,6 +29,7 @@ from tagmem.presenter.migrate import (
     arrival,
     forms,
     headers,
+    in_short,
     judge,
     later,
     seats,
@@ -68,18 +69,24 @@ def one(way: str, target: dict[str, TargetTag], form: Any = "auto", **facts: Any
 @pytest.mark.parametrize("way", NAMES)
 def test_each_way_has_a_form_or_says_why_it_has_none(way: str) -> None:
     have = forms(WAYS[way].describe())
-    assert None in (have.stays, have.switch, have.remove_all), "every way can move somehow"
+    stuck = None not in (have.stays, have.switch, have.remove_all)
+    assert (in_short(WAYS[way].describe()) == "none: the VM stays") is stuck
     assert (have.stays is None) == (WAYS[way].describe().migration == "stays")
     assert have.prepopulate == ("device" if None in (have.stays, have.switch) else "host")
 
 
 @pytest.mark.parametrize("way", NAMES)
 def test_auto_disturbs_as_little_as_it_can(way: str) -> None:
-    move = one(way, there())
     have = forms(WAYS[way].describe())
-    expected = next(f for f, no in (("stays", have.stays), ("switch", have.switch)) if no is None)
+    tried = (("stays", have.stays), ("switch", have.switch), ("remove-all", have.remove_all))
+    expected = next((form for form, no in tried if no is None), "")
+    if not expected:
+        with pytest.raises(Unsupported, match=str(have.remove_all)):
+            one(way, there())
+        return
+    move = one(way, there())
     assert move.form == expected
-    assert move.travels_as == (way if expected == "stays" else "pmem")
+    assert move.travels_as == {"stays": way, "switch": "pmem", "remove-all": ""}[expected]
     assert move.why
 
 
