@@ -218,7 +218,12 @@ def test_a_guest_that_goes_down_has_its_tags_taken(system: System) -> None:
         return all(vm["tags"] == [] for vm in system.tagmem("vm", "list", "-o", "json"))
 
     wait_until(given_back, "the host to take what the guest gave back")
-    shown = system.tagmem("vm", "attach", "db1", tag, "-o", "json")
-    assert shown["guest_path"]
+
+    def answering() -> bool:
+        words = [*TAGMEM, "vm", "exec", "db1", "--", "true"]
+        return subprocess.run(words, env=system.environment, timeout=90).returncode == 0
+
+    wait_until(answering, "the agent that is started anew")
+    assert system.tagmem("vm", "attach", "db1", tag, "-o", "json")["guest_path"]
     system.tagmem("vm", "detach", "db1", tag, "-o", "json")
     system.tagmem("capacity", "release", tag, "-o", "json")

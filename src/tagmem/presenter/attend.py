@@ -1,5 +1,5 @@
 """What a host does when a guest speaks unasked: a guest that is leaving has its tags taken out, one
-that was rebooted is told again what it cannot find by itself.
+that was rebooted, or has a new agent, is told again what it cannot find by itself.
 
 The words are a guest's, so they decide nothing. *I gave it back* starts the same detach that a user
 starts, with the same proofs; a greeting starts a question. A guest that says either all day keeps
@@ -41,7 +41,8 @@ class Attendant:
         self._shown = shown
         self._take = take
         self._keep = keep
-        self._boot = channel.boot_id
+        self._who = ("", "")
+        """Boot and agent that greeted last."""
         self._leaving: guest.Leaving | None = None
         self._came_anew = False
         self._task: asyncio.Task[None] | None = None
@@ -56,8 +57,8 @@ class Attendant:
     def _heard(self, answer: guest.Answer) -> None:
         if isinstance(answer, guest.Leaving):
             self._leaving = answer
-        elif isinstance(answer, guest.Hello) and answer.boot_id != self._boot:
-            self._boot, self._came_anew = answer.boot_id, True
+        elif isinstance(answer, guest.Hello) and (answer.boot_id, answer.instance) != self._who:
+            self._who, self._came_anew = (answer.boot_id, answer.instance), True
         else:
             return
         if self._task is None or self._task.done():
