@@ -1,4 +1,4 @@
-"""Hand-over, publication and references, step by step: what each answer and each failure leads to."""
+"""Hand-over, publication, references: what each answer and each failure leads to, step by step."""
 
 from __future__ import annotations
 
