@@ -12,7 +12,6 @@ import os
 import platform
 import secrets
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tagmem.base.errors import Conflict, InvalidInput, Unsupported
 from tagmem.base.ids import NIL_TAG, Tag
 from tagmem.base.units import Bytes
+from tagmem.client.lent import Lent
 from tagmem.client.mapping import Capacity
 from tagmem.client.mapping import open as open_capacity
 from tagmem.shared import kinds
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 Place = object
 """A tag (a UUID or its text), a `tagmem.Capacity`, or a buffer: mmap, bytearray, memoryview."""
 
-_NAMED_MAX = 3
 _X86 = ("x86_64", "AMD64")
 
 
@@ -108,7 +107,7 @@ class Shared:
         self._place = place
         self._memory = memory
         self._catalogue = catalogue
-        self._given: list[tuple[str, weakref.ref[Any]]] = []
+        self._given = Lent()
         self._decoded: set[str] = set()
         self._closed = False
         self._process = os.getpid()
@@ -192,7 +191,7 @@ class Shared:
                 catalogue.check()
             if verify:
                 self._decoded.add(name)
-            self._note(name, value)
+            self._given.note(repr(name), value)
             return value
 
     def view(self, name: str, *, verify: bool = True) -> memoryview:
@@ -200,7 +199,7 @@ class Shared:
         with self._turn:
             catalogue = self._usable()
             view = catalogue.view(catalogue.look(name), verify=verify)
-            self._note(name, view)
+            self._given.note(repr(name), view)
             return view
 
     def refresh(self) -> tuple[str, ...]:
@@ -242,11 +241,9 @@ class Shared:
             finally:
                 mapped = not self._place.leave()
         if mapped:
-            alive = [name for name, given in self._given if given() is not None]
-            named = ", ".join(repr(name) for name in alive[:_NAMED_MAX]) or "a view"
-            more = f" and {len(alive) - _NAMED_MAX} more" if len(alive) > _NAMED_MAX else ""
+            named = self._given.named("a view")
             raise BufferError(
-                f"tag {self.tag} stays mapped while objects of it are in use: {named}{more}"
+                f"tag {self.tag} stays mapped while objects of it are in use: {named}"
             )
 
     def __enter__(self) -> Self:
@@ -282,14 +279,6 @@ class Shared:
         if self._closed:
             raise Conflict(f"tag {self.tag}: its catalogue was closed here")
         return self._catalogue
-
-    def _note(self, name: str, value: object) -> None:
-        """Remember what was given out, without keeping it alive, so that `close` can name it."""
-        self._given = [(name, given) for name, given in self._given if given() is not None]
-        try:
-            self._given.append((name, weakref.ref(value)))
-        except TypeError:
-            return  # bytes are a copy
 
 
 class _Place:
