@@ -313,6 +313,8 @@ class DaxSource(msgspec.Struct, frozen=True):
     """Where the bytes can be linked from; empty where the layout gives no path."""
     pieces: Sequence[MediaPiece]
     """In the order of the tag's bytes."""
+    sharing: str = ""
+    """How hosts share it, for the programs that map it; empty is not known."""
 
 
 class DaxDevices(Protocol):

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tagmem.agent.devices import EmulatedDax
@@ -128,7 +129,8 @@ def test_what_is_not_there_cannot_surface(host: Host) -> None:
 
 def test_attributes_read_as_in_sysfs(tmp_path: Path) -> None:
     host = Host("emulated", tmp_path)
-    path = Path(host.devices().surface(host.source(TAG)))
+    source = msgspec.structs.replace(host.source(TAG), sharing="hardware-coherent")
+    path = Path(host.devices().surface(source))
     values = {entry.name: entry.read_text() for entry in path.parent.iterdir() if entry != path}
     assert values == {
         "size": "4194304\n",
@@ -137,6 +139,7 @@ def test_attributes_read_as_in_sysfs(tmp_path: Path) -> None:
         "mode": "devdax\n",
         "read_only": "0\n",
         "extents": '[{"offset":0,"length":4194304}]\n',
+        "sharing": "hardware-coherent\n",
     }
     assert path.parent.name == path.name == "dax0.1"
 

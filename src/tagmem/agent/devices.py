@@ -1,7 +1,8 @@
 """DAX devices of an emulated host: a directory per tag that looks like sysfs and the device in one.
 
     <run>/dax<region>.<n>/    dax<region>.<n> (the bytes), size, align, uuid, mode, read_only,
-    extents <run>/by-tag/<uuid>       a link to the bytes
+                              extents, sharing
+    <run>/by-tag/<uuid>       a link to the bytes
 
 A device is built aside and renamed into place, and renamed aside before it is taken apart, so that
 nobody ever finds half of one. The bytes are a hard link of the appliance's file: an application
@@ -24,7 +25,7 @@ from tagmem.agent import stale
 from tagmem.ports import DaxSource
 from tagmem.shared.stale import MEDIUM, SHADOW
 
-ATTRIBUTES = ("size", "align", "uuid", "mode", "read_only", "extents")
+ATTRIBUTES = ("size", "align", "uuid", "mode", "read_only", "extents", "sharing")
 _NEW = ".new-"
 _GONE = ".gone-"
 _KEPT = ".kept-"
@@ -254,6 +255,7 @@ def _attributes(source: DaxSource) -> dict[str, str]:
         "mode": "devdax",
         "read_only": "1" if source.read_only else "0",
         "extents": json.dumps(pieces, separators=(",", ":")),
+        "sharing": source.sharing,
     }
 
 

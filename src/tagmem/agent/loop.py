@@ -598,7 +598,7 @@ class AgentMachine:
             self._tickets += 1
             state.ticket = self._tickets
         if phase is Phase.SURFACING and not state.held_back:
-            self._surface(state)
+            self._effects.append(state.surface())
         elif phase is Phase.WITHDRAWING:
             state.reason = state.reason if state.lost else ""
             self._effects.append(r.Withdraw(0, tag, state.ticket))
@@ -631,21 +631,6 @@ class AgentMachine:
 
     def _shared(self, state: TagState) -> bool:
         return state.desired is not None and state.desired.shared
-
-    def _surface(self, state: TagState) -> None:
-        desired = state.desired
-        self._effects.append(
-            r.Surface(
-                0,
-                state.appliance,
-                state.tag,
-                state.ticket,
-                state.region,
-                sum(length for _, length in state.extents),
-                desired is not None and desired.read_only,
-                state.extents,
-            )
-        )
 
     # ---- the workload of one tag
 

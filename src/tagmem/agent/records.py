@@ -271,6 +271,8 @@ class Surface(_Volatile, frozen=True):
     size_bytes: Bytes
     read_only: bool
     extents: tuple[Span, ...]
+    sharing: str = ""
+    """As the orchestrator calls it; empty is not said."""
 
 
 class Withdraw(_Volatile, frozen=True):

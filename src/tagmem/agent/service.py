@@ -412,7 +412,14 @@ class HostService:
             return
         align = self._config.policy().align_bytes
         source = DaxSource(
-            order.tag, order.region, order.size_bytes, align, order.read_only, path, pieces
+            order.tag,
+            order.region,
+            order.size_bytes,
+            align,
+            order.read_only,
+            path,
+            pieces,
+            order.sharing,
         )
         try:
             found = self._devices.surface(source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from tagmem.agent.phases import Phase
-from tagmem.agent.records import Span, TagRecord
+from tagmem.agent.records import Span, Surface, TagRecord
 from tagmem.base.units import SECOND, Nanoseconds
 from tagmem.ports import Holding
 from tagmem.wire.agentapi import Desired, HolderReport, Observed, WorkloadReport
@@ -147,6 +147,21 @@ class TagState:
     def held_back(self) -> bool:
         """Whether it is to be accepted and not surfaced yet."""
         return self.desired is not None and self.desired.held_back
+
+    def surface(self) -> Surface:
+        """The order to make its device."""
+        desired = self.desired
+        return Surface(
+            0,
+            self.appliance,
+            self.tag,
+            self.ticket,
+            self.region,
+            sum(length for _, length in self.extents),
+            desired is not None and desired.read_only,
+            self.extents,
+            desired.sharing if desired is not None else "",
+        )
 
     @property
     def active(self) -> bool:

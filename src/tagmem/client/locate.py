@@ -49,6 +49,7 @@ class Device:
         "path",
         "pieces",
         "read_only",
+        "sharing",
         "size_bytes",
         "stale_caches",
         "tag",
@@ -65,6 +66,7 @@ class Device:
         emulated: bool,
         pieces: tuple[tuple[int, int], ...],
         stale_caches: bool = False,
+        sharing: str = "",
     ) -> None:
         self.tag = tag
         self.path = path
@@ -75,6 +77,8 @@ class Device:
         self.pieces = pieces
         self.stale_caches = stale_caches
         """Whether `path` is this host's view alone, and memory lies beside it (shared/stale.py)."""
+        self.sharing = sharing
+        """none, read-only, hardware-coherent or software-coherent; empty where nobody says."""
 
     @property
     def has_path(self) -> bool:
@@ -199,6 +203,7 @@ def _in_run_dir(tag: Tag, run_dir: str) -> Device | None:
         # In a guest the name stands for a device of the kernel's, which has nothing to write back.
         emulated = _attribute(folder, "mode") != "bar" and not _is_device(path)
         stale = emulated and os.path.exists(f"{folder}/stale_caches")
+        sharing = _attribute(folder, "sharing")
     except (OSError, ValueError):
         # Half made or half gone: the agent makes the link last and takes it away first.
         return None
@@ -211,6 +216,7 @@ def _in_run_dir(tag: Tag, run_dir: str) -> Device | None:
         emulated=emulated,
         pieces=pieces,
         stale_caches=stale,
+        sharing=sharing,
     )
 
 

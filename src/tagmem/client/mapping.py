@@ -17,7 +17,6 @@ import mmap
 import os
 
 from tagmem.base.errors import Conflict, InvalidInput, OutcomeUnknown
-from tagmem.client.lent import Lent
 from tagmem.client.locate import DEV, SYSFS, Device, descriptor, wait_for
 
 TYPE_CHECKING = (
@@ -37,6 +36,7 @@ HUGE_BYTES = 2 << 20
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _RESERVE_TRIES_MAX = 8
+_VIEWS_NAMED_MAX = 3
 
 
 def open(  # noqa: A001 - `tagmem.open` is the name that people expect
@@ -77,7 +77,7 @@ class Capacity:
     def __init__(self, device: Device, *, writable: bool) -> None:
         self._device = device
         self._writable = writable
-        self._views = Lent()
+        self._views: list[tuple[str, Any]] = []
         try:
             fd = descriptor(device, writable=writable)
         except PermissionError as error:
@@ -123,6 +123,13 @@ class Capacity:
     def stale_caches(self) -> bool:
         """Whether an appliance emulates caches that lie: `tagmem.shared.lines_of` moves lines."""
         return self._device.stale_caches
+
+    @property
+    def sharing(self) -> str:
+        """How the hosts that may have the tag share it, as it was created: none, read-only,
+        hardware-coherent or software-coherent; empty where nobody says, as in a guest.
+        """
+        return self._device.sharing
 
     @property
     def writable(self) -> bool:
@@ -179,7 +186,7 @@ class Capacity:
         array: np.ndarray[Any, Any] = np.frombuffer(
             self._map, dtype=dtype, count=count, offset=offset
         )
-        self._views.note(f"numpy {array.dtype.name}[{count}]", array)
+        self._note(f"numpy {array.dtype.name}[{count}]", array)
         return array
 
     def arrow(self, offset: int = 0, length: int | None = None) -> pa.Buffer:
@@ -192,7 +199,7 @@ class Capacity:
             length = self._room(offset, 0)
         self._room(offset, length)
         buffer = pa.py_buffer(self._view[offset : offset + length])
-        self._views.note(f"arrow buffer of {length} B", buffer)
+        self._note(f"arrow buffer of {length} B", buffer)
         return buffer
 
     def flush(self) -> None:
@@ -248,8 +255,23 @@ class Capacity:
             raise InvalidInput("length", f"0 to {self.size - offset} (bytes)", length)
         return self.size - offset
 
+    def _note(self, what: str, view: object) -> None:
+        """Remember a view by name, without keeping it alive, so that `close` can say who is in the
+        way.
+        """
+        import weakref
+
+        self._views = [(name, ref) for name, ref in self._views if ref() is not None]
+        try:
+            self._views.append((what, weakref.ref(view)))
+        except TypeError:
+            return
+
     def _held_by(self) -> str:
-        named = self._views.named("a memoryview or an object made from one")
+        alive = [name for name, ref in self._views if ref() is not None]
+        named = ", ".join(alive[:_VIEWS_NAMED_MAX]) or "a memoryview or an object made from one"
+        if len(alive) > _VIEWS_NAMED_MAX:
+            named += f" and {len(alive) - _VIEWS_NAMED_MAX} more"
         return (
             f"tag {self.tag} cannot be unmapped while views of it are in use ({named}): "
             "delete them, or let them go out of scope, before close() or the end of `with`"

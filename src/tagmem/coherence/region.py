@@ -32,6 +32,7 @@ class View:
             "uuid": tag,
             "mode": "devdax",
             "read_only": "0",
+            "sharing": "software-coherent",
             "extents": f'[{{"offset":0,"length":{size_bytes}}}]',
         }.items():
             (device / attribute).write_text(f"{value}\n", encoding="ascii")

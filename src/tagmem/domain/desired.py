@@ -47,6 +47,7 @@ class Desired(msgspec.Struct, frozen=True):
     """Other hosts may have the tag too; their processes are not this host's to answer for."""
     held_back: bool = False
     """To be accepted and not surfaced yet: another host still writes."""
+    sharing: Sharing = Sharing.NONE
 
 
 def desired(state: State, host: str, tag: str) -> Desired | None:
@@ -75,6 +76,7 @@ def desired(state: State, host: str, tag: str) -> Desired | None:
         released and ladder.rank(record.rung) >= ladder.rank("restart"),
         capacity.sharing is not Sharing.NONE,
         held_back(capacity, host),
+        capacity.sharing,
     )
 
 

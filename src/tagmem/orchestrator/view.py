@@ -123,6 +123,7 @@ class MachineView:
             kill_holders=wanted.kill_holders,
             shared=wanted.shared,
             held_back=wanted.held_back,
+            sharing=wanted.sharing.value,
         )
 
 

@@ -12,6 +12,7 @@ import os
 import platform
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Self
 from tagmem.base.errors import Conflict, InvalidInput, Unsupported
 from tagmem.base.ids import NIL_TAG, Tag
 from tagmem.base.units import Bytes
-from tagmem.client.lent import Lent
 from tagmem.client.mapping import Capacity
 from tagmem.client.mapping import open as open_capacity
 from tagmem.shared import kinds
@@ -36,30 +36,33 @@ if TYPE_CHECKING:
 Place = object
 """A tag (a UUID or its text), a `tagmem.Capacity`, or a buffer: mmap, bytearray, memoryview."""
 
+_NAMED_MAX = 3
 _X86 = ("x86_64", "AMD64")
 
 
 def create(
     where: Place,
     *,
-    coherence: KindName | Coherence = "software-coherent",
+    coherence: KindName | Coherence | None = None,
     replace: bool = False,
     timeout: float | None = 10.0,
     run_dir: str | os.PathLike[str] | None = None,
 ) -> Shared:
     """Make a catalogue in the memory of a tag, and be its writer.
 
-    `coherence` is what the hosts that share it have; software-coherent is right everywhere, and
-    costs a write-back where the hardware would do it. `replace` gives up what is there. `timeout`
+    `coherence` is what the hosts that share it have. None takes what the tag was created with, as
+    its host knows it, and else software-coherent, which is right everywhere and costs a write-back
+    where the hardware would do it. `replace` gives up what is there. `timeout`
     and `run_dir` are those of `tagmem.open`.
 
-    Raises Conflict (something is there, or the attachment is read-only), Unsupported (no
+    Raises Conflict (something is there, or the attachment is read-only, or the hosts are less
+    coherent than is said), Unsupported (no
     cache-line instructions for software-coherent memory), and what `tagmem.open` raises.
     """
     with ExitStack() as undo:
         place = _Place(where, writable=True, timeout=timeout, run_dir=run_dir)
         undo.push(place.undo)
-        memory = place.memory(coherence)
+        memory = place.memory(place.shared_as(coherence))
         owner = _new_owner()
         catalogue = Catalogue.create(memory, place.tag or NIL_TAG, owner=owner, replace=replace)
         undo.pop_all()
@@ -107,7 +110,7 @@ class Shared:
         self._place = place
         self._memory = memory
         self._catalogue = catalogue
-        self._given = Lent()
+        self._given: list[tuple[str, weakref.ref[Any]]] = []
         self._decoded: set[str] = set()
         self._closed = False
         self._process = os.getpid()
@@ -191,7 +194,7 @@ class Shared:
                 catalogue.check()
             if verify:
                 self._decoded.add(name)
-            self._given.note(repr(name), value)
+            self._note(name, value)
             return value
 
     def view(self, name: str, *, verify: bool = True) -> memoryview:
@@ -199,7 +202,7 @@ class Shared:
         with self._turn:
             catalogue = self._usable()
             view = catalogue.view(catalogue.look(name), verify=verify)
-            self._given.note(repr(name), view)
+            self._note(name, view)
             return view
 
     def refresh(self) -> tuple[str, ...]:
@@ -241,9 +244,11 @@ class Shared:
             finally:
                 mapped = not self._place.leave()
         if mapped:
-            named = self._given.named("a view")
+            alive = [name for name, given in self._given if given() is not None]
+            named = ", ".join(repr(name) for name in alive[:_NAMED_MAX]) or "a view"
+            more = f" and {len(alive) - _NAMED_MAX} more" if len(alive) > _NAMED_MAX else ""
             raise BufferError(
-                f"tag {self.tag} stays mapped while objects of it are in use: {named}"
+                f"tag {self.tag} stays mapped while objects of it are in use: {named}{more}"
             )
 
     def __enter__(self) -> Self:
@@ -280,6 +285,14 @@ class Shared:
             raise Conflict(f"tag {self.tag}: its catalogue was closed here")
         return self._catalogue
 
+    def _note(self, name: str, value: object) -> None:
+        """Remember what was given out, without keeping it alive, so that `close` can name it."""
+        self._given = [(name, given) for name, given in self._given if given() is not None]
+        try:
+            self._given.append((name, weakref.ref(value)))
+        except TypeError:
+            return  # bytes are a copy
+
 
 class _Place:
     """Memory, and what is to be let go with it."""
@@ -313,6 +326,17 @@ class _Place:
         """The memory with that coherence. Raises Unsupported, InvalidInput."""
         self._memory = MappedMemory(self._buffer, self._coherence(coherence))
         return self._memory
+
+    def shared_as(self, wanted: KindName | Coherence | None) -> KindName | Coherence:
+        """The coherence of a new catalogue. Raises Conflict where the tag's hosts are known not to
+        snoop each other, and `wanted` counts on it; an object says that its maker knows better.
+        """
+        sharing = "" if self._capacity is None else self._capacity.sharing
+        if wanted is None:
+            return "hardware-coherent" if sharing == "hardware-coherent" else "software-coherent"
+        if wanted == "hardware-coherent" and sharing == "software-coherent":
+            raise Conflict(f"tag {self.tag} is shared software-coherent, not hardware-coherent")
+        return wanted
 
     def declared(self) -> KindName:
         """What the catalogue that is there says, read as carefully as this machine can."""

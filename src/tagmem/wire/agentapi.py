@@ -96,6 +96,8 @@ class Desired(Message, frozen=True):
     held_back: bool = False
     """Accept it and surface nothing yet: another host still writes it. A later revision says
     when."""
+    sharing: str = ""
+    """How it is shared, for the programs that map it; empty is not said."""
 
 
 class SyncDone(Message, frozen=True):

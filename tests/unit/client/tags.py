@@ -21,6 +21,7 @@ def surface(
     read_only: bool = False,
     content: bytes = b"",
     pieces: Sequence[tuple[int, int]] | None = None,
+    sharing: str = "",
 ) -> Path:
     """One tag in a run directory. With `pieces` there is no file: the media are by DPA."""
     folder = run_dir / name
@@ -31,6 +32,7 @@ def surface(
         "uuid": tag,
         "mode": "devdax",
         "read_only": int(read_only),
+        **({"sharing": sharing} if sharing else {}),
     }
     for attribute, value in values.items():
         (folder / attribute).write_text(f"{value}\n")

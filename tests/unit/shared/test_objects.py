@@ -176,6 +176,34 @@ def test_the_reader_takes_the_coherence_that_was_declared() -> None:
         shared.create(memory, coherence="none", replace=True)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("sharing", "coherence"),
+    [
+        ("", "software-coherent"),
+        ("none", "software-coherent"),
+        ("read-only", "software-coherent"),
+        ("software-coherent", "software-coherent"),
+        ("hardware-coherent", "hardware-coherent"),
+        ("something new", "software-coherent"),
+    ],
+)
+def test_a_new_catalogue_is_as_coherent_as_the_tag_is_shared(
+    tmp_path: Path, sharing: str, coherence: str
+) -> None:
+    surface(tmp_path, MIB * 2, sharing=sharing)
+    with shared.create(TAG, run_dir=tmp_path, timeout=0) as writer:
+        assert writer.coherence == coherence
+    with shared.open(TAG, run_dir=tmp_path, timeout=0) as reader:
+        assert reader.coherence == coherence
+
+
+def test_nobody_counts_on_hardware_that_is_not_there(tmp_path: Path) -> None:
+    surface(tmp_path, MIB * 2, sharing="software-coherent")
+    with pytest.raises(Conflict, match="shared software-coherent, not hardware-coherent"):
+        shared.create(TAG, coherence="hardware-coherent", run_dir=tmp_path, timeout=0)
+    shared.create(TAG, coherence=HardwareCoherent(), run_dir=tmp_path, timeout=0).close()
+
+
 def test_read_only_mappings_are_for_readers(tmp_path: Path) -> None:
     media = surface(tmp_path, 2 * MIB)
     with shared.create(TAG, run_dir=tmp_path) as writer:
