@@ -40,11 +40,11 @@ def command(layout: Layout, *arguments: str) -> str:
     return ended.stdout
 
 
-def create(layout: Layout) -> str:
+def create(layout: Layout, hosts: str = "w1,w2") -> str:
     tag = str(uuid.uuid4())
     command(
         layout, "capacity", "create", "--size", "4MiB", "--share", "software-coherent",
-        "--host", "w1,w2", "--tag", tag,
+        "--host", hosts, "--tag", tag,
     )  # fmt: skip
     return tag
 
@@ -71,6 +71,20 @@ def seen(layout: Layout, tag: str) -> bytes:
         found = bytes(there.view[4096:4100])
         lines.release()
     return found
+
+
+def test_what_is_handed_over_is_seen_although_nobody_flushed_or_invalidated(
+    layout: Layout,
+) -> None:
+    tag = create(layout, "w1")
+    with library.open(tag, run_dir=layout.run_dir("w1")) as here:
+        assert here.sharing == "software-coherent"
+        here.view[4096:4100] = b"lost"
+    command(layout, "capacity", "hand-over", tag, "--from", "w1", "--to", "w2")
+    with library.open(tag, run_dir=layout.run_dir("w2")) as there:
+        assert there.stale_caches
+        assert bytes(there.view[4096:4100]) == b"lost", "its cache was empty until w1's was flushed"
+    command(layout, "capacity", "release", tag)
 
 
 def test_a_store_without_a_flush_is_seen_when_its_host_lets_go(layout: Layout) -> None:
