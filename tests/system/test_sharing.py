@@ -19,11 +19,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from bench import system as bench
 from tests.system.test_demo import a_system, tagmem
 from tests.system.waiting import wait_until
 
+from tagmem import shared
 from tagmem.base.errors import TagmemError
 from tagmem.base.units import MIB
 from tagmem.client.session import Client
@@ -34,7 +36,8 @@ from tagmem.demo.dataset import records
 from tagmem.demo.layout import Layout
 from tagmem.wire import rest
 
-WARM = Path(__file__).parents[2] / "examples" / "04-hand-over" / "warm-memcached.sh"
+ROOT = Path(__file__).parents[2]
+WARM = ROOT / "examples" / "04-hand-over" / "warm-memcached.sh"
 SIZE = 64 * MIB
 WORD = b"published once, read by all"
 
@@ -318,14 +321,17 @@ def test_a_tag_outlives_its_last_host_where_that_was_asked_for(pod: Pod) -> None
 # ---- what the README says
 
 
+def readme(language: str) -> list[str]:
+    """What stands in the chapter, fence by fence."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    chapter = text.split("## One tag, many hosts")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", chapter, re.DOTALL)
+
+
 def test_the_readmes_chapter_runs_as_it_stands(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    chapter = (root / "README.md").read_text("utf-8").split("## One tag, many hosts")[1]
-    # What comes after is run by the tests of objects and of the checker.
-    chapter = chapter.split("\n**Objects in it.**")[0]
-    fences = re.findall(r"```console\n(.*?)```", chapter, re.DOTALL)
+    fences = readme("console")
     commands = [line.removeprefix("$ ") for fence in fences for line in fence.splitlines()]
-    assert len(commands) == 11
+    assert len(commands) == 17
     script = "\n".join(("set -e", *commands)).replace("/tmp/", f"{tmp_path}/")
     with a_system(tmp_path / "state"):
         ended = subprocess.run(
@@ -333,7 +339,7 @@ def test_the_readmes_chapter_runs_as_it_stands(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             timeout=100,
-            cwd=root,
+            cwd=ROOT,
             env={
                 **os.environ,
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -342,9 +348,31 @@ def test_the_readmes_chapter_runs_as_it_stands(tmp_path: Path) -> None:
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "moved  move=hand-over  source=w1  targets=w2" in ended.stderr
+        assert "found 200000 orders; 3 of 3 buffers are in the tag" in ended.stdout
+        assert "no access depended on luck: 5 schedules" in ended.stdout
         cache = Cache(str(tmp_path / "warm.sock"))
         assert cache.version
         cache.close()
+
+
+@pytest.mark.parametrize("sharing", ["software-coherent", "hardware-coherent"])
+def test_the_readmes_program_runs_as_it_stands(
+    pod: Pod, sharing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag = pod.create(sharing, "w1,w2")
+    *put_it, get_it = readme("python")[0].split("\n\n")
+    names: dict[str, object] = {"tag": tag, "table": pa.table({"id": [1, 2, 3]})}
+    monkeypatch.setenv("TAGMEM_RUN_DIR", str(pod.layout.run_dir("w1")))
+    exec("\n".join(put_it), names)
+    monkeypatch.setenv("TAGMEM_RUN_DIR", str(pod.layout.run_dir("w2")))
+    exec(get_it, names)
+    orders, catalogue = names.pop("orders"), names.pop("catalogue")
+    assert isinstance(orders, pa.Table)
+    assert isinstance(catalogue, shared.Shared)
+    assert orders.equals(names["table"])
+    assert catalogue.coherence == sharing, "the hosts' agents know how the tag is shared"
+    del orders, catalogue
+    pod.tagmem("capacity", "release", tag)
 
 
 # ---- order
