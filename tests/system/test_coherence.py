@@ -27,7 +27,7 @@ MISTAKES = {
 
 def check(*arguments: str | Path, options: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
     ended = subprocess.run(
-        [TAGMEM, "check-coherence", "--json", *options, "--", *arguments],
+        [TAGMEM, "check-coherence", "-o", "json", *options, "--", *arguments],
         capture_output=True,
         text=True,
         timeout=100,
@@ -111,12 +111,42 @@ def test_the_end_of_the_command_is_told() -> None:
     waits = (sys.executable, "-c", "import signal; signal.pause()")
     code, document = check(*waits, options=("--timeout", "1s", "--hosts", "1"))
     assert (code, document["timed_out"]) == (5, True)
-    ended = subprocess.run(
-        [TAGMEM, "check-coherence", "--", "no-such-command-anywhere"],
+    ended = plain("--", "no-such-command-anywhere")
+    assert ended.returncode == 3
+    assert "no such command" in ended.stderr
+    ended = plain("--", "sh", "-c", "exit 5")
+    assert (ended.returncode, ended.stdout) == (5, "")
+    assert "COMMAND ended with 5 on h1, with seed 0" in ended.stderr
+
+
+def test_what_touched_nothing_was_not_checked() -> None:
+    ended = plain("--schedules", "2", "--", "true")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "nothing was checked" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--word", "3"), "must be a multiple of 8 (bytes), got '3'"),
+        (("--word", "0x1000", "--size", "4KiB"), "--word: must be below the tag's 4096"),
+        (("--racing", "4096:1", "--size", "4KiB"), "must be at most the tag's 4096"),
+        (("--racing", "0:0"), "got '0:0'"),
+        (("--racing", "seven"), "got 'seven'"),
+    ],
+)
+def test_offsets_that_name_nothing_are_refused(options: tuple[str, ...], said: str) -> None:
+    ended = plain(*options, "--", "true")
+    assert ended.returncode == 2
+    assert said in ended.stderr
+
+
+def plain(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The checker as people see it."""
+    return subprocess.run(
+        [TAGMEM, "check-coherence", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert ended.returncode == 3
-    assert "no such command" in ended.stderr

@@ -63,7 +63,7 @@ def orchestrator(config: Path | None, listen: str | None, state_dir: Path | None
 )
 @state_dir_option
 def up(**options: Path | None) -> None:
-    """Start a whole system here and leave it running: appliance, orchestrator, two hosts."""
+    """Start a whole system here and leave it running: appliance, orchestrator, three hosts."""
     _start("tagmem.demo.main", "up", state_dir(options["state_dir"]))
 
 
