@@ -4,7 +4,6 @@ daemons themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,16 +39,6 @@ required_config = click.option(
 )
 
 
-def _be(ctx: click.Context, config: Path | None, daemon: Callable[[Path], None], what: str) -> None:
-    """A noun with --config and no verb is the daemon itself."""
-    if ctx.invoked_subcommand is None:
-        if config is None:
-            raise click.UsageError(f"--config FILE starts {what}; else name a command", ctx)
-        daemon(config)
-    elif config is not None:
-        raise click.UsageError(f"--config belongs to `{ctx.command_path} run`", ctx)
-
-
 # ---- hosts
 
 
@@ -64,7 +53,12 @@ def _be(ctx: click.Context, config: Path | None, daemon: Callable[[Path], None],
 @click.pass_context
 def host(ctx: click.Context, config: Path | None) -> None:
     """List and show hosts; with --config, be a host's agent."""
-    _be(ctx, config, run_host, "the agent")
+    if ctx.invoked_subcommand is None:
+        if config is None:
+            raise click.UsageError("--config FILE starts the agent; else name a command", ctx)
+        run_host(config)
+    elif config is not None:
+        raise click.UsageError(f"--config belongs to `{ctx.command_path} run`", ctx)
 
 
 @host.command("run", example="tagmem host run --config host.toml")
@@ -158,7 +152,12 @@ def _link(text: str) -> tuple[str, int]:
 @click.pass_context
 def appliance(ctx: click.Context, config: Path | None) -> None:
     """List and show appliances with their extent maps; with --config, be one (emulated)."""
-    _be(ctx, config, run_appliance, "the appliance")
+    if ctx.invoked_subcommand is None:
+        if config is None:
+            raise click.UsageError("--config FILE starts the appliance; else name a command", ctx)
+        run_appliance(config)
+    elif config is not None:
+        raise click.UsageError(f"--config belongs to `{ctx.command_path} run`", ctx)
 
 
 @appliance.command("run", example="tagmem appliance run --config appliance.toml")

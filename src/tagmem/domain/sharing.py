@@ -144,7 +144,7 @@ def _cannot_hand_over(state: State, capacity: CapacityRecord, event: HandOver) -
     target = state.attachment(tag, event.target)
     if target is not None and (target.state not in attachments.OVER or target.held):
         detail = (
-            f"{target.host} has it already"
+            f"{target.host} has it already: release it on {source.host}"
             if not target.held or target.state in (attachments.WANTED)
             else f"{target.host} is still giving it back"
         )
