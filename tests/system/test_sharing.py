@@ -328,7 +328,11 @@ def readme(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", chapter, re.DOTALL)
 
 
-def test_the_readmes_chapter_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_readmes_chapter_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after `. .venv/bin/activate`, for the daemons too.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     fences = readme("console")
     commands = [line.removeprefix("$ ") for fence in fences for line in fence.splitlines()]
     assert len(commands) == 17
@@ -342,7 +346,6 @@ def test_the_readmes_chapter_runs_as_it_stands(tmp_path: Path) -> None:
             cwd=ROOT,
             env={
                 **os.environ,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "TAGMEM_STATE_DIR": str(tmp_path / "state"),
             },
         )
