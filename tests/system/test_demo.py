@@ -39,11 +39,11 @@ def tagmem(*arguments: str | Path, **environment: str) -> subprocess.CompletedPr
 
 
 @contextmanager
-def a_system(state: Path) -> Iterator[Layout]:
+def a_system(state: Path, *options: str) -> Iterator[Layout]:
     """`tagmem up`, and afterwards `tagmem down`, whatever the test did."""
     layout = Layout.of(state)
     try:
-        ended = tagmem("up", "--state-dir", state)
+        ended = tagmem("up", "--state-dir", state, *options)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         yield layout
     finally:
@@ -89,6 +89,27 @@ def test_the_demo_shows_real_records_given_back_wiped_and_offered_again(tmp_path
         assert re.search(rf"^ ?\d {step} +\d+\.\d\d\d  \S", told, re.MULTILINE), step
     assert "\x1b" not in told, "colours in a pipe"
     assert_nothing_left(Layout.of(tmp_path))
+
+
+def test_up_leaves_head_room_where_it_is_asked_for_and_never_two_kinds(tmp_path: Path) -> None:
+    layout = Layout.of(tmp_path)
+    odd = tagmem("up", "--state-dir", tmp_path, "--head-room", "3MiB")
+    assert odd.returncode == 1
+    assert "multiple of 2 MiB" in odd.stdout + odd.stderr
+    with a_system(tmp_path, "--head-room", "2MiB"):
+        tag = str(uuid.uuid4())
+        words = ("capacity", "create", "--size", "4MiB", "--host", "w2", "--tag", tag)
+        made = tagmem(*words, "--state-dir", tmp_path)
+        assert made.returncode == 0, made.stderr
+        assert (layout.bytes / tag).stat().st_size == 6 * MIB
+        for size in ("0", "4MiB"):
+            other = tagmem("up", "--state-dir", tmp_path, "--head-room", size)
+            assert other.returncode == 1
+            assert "was written with head_room 2 MiB" in other.stdout + other.stderr
+        assert tagmem("up", "--state-dir", tmp_path).returncode == 0
+        listed = tagmem("vm", "--state-dir", tmp_path, "list", "-o", "json")
+        assert (listed.returncode, listed.stdout.strip()) == (0, "[]"), listed.stderr
+    assert_nothing_left(layout)
 
 
 def test_ctrl_c_ends_the_demo_and_leaves_nothing_behind(tmp_path: Path) -> None:

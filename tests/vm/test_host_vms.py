@@ -64,9 +64,9 @@ class System:
         assert ran.returncode == 0, ran.stderr
         return ran.stdout.strip()
 
-    def up(self) -> None:
+    def up(self, *options: str) -> None:
         subprocess.run(
-            [*self.within, *TAGMEM, "up", "--state-dir", str(self.state)],
+            [*self.within, *TAGMEM, "up", "--state-dir", str(self.state), *options],
             check=True,
             stdout=subprocess.DEVNULL,
             timeout=60,

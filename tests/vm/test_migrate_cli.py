@@ -14,12 +14,10 @@ from tests.system.waiting import wait_until
 from tests.vm.hosts import COUNT
 from tests.vm.test_host_vms import SIZE, System
 
-from tagmem.demo.configs import config_texts
 from tagmem.demo.layout import Layout
 from tagmem.lab.programs import HOLD
 
 HEAD_BYTES = 2 << 20
-HEAD = 'head_room = "2MiB"\n'
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +45,10 @@ def system(
 ) -> Iterator[System]:
     """Its media leave room for a header, so that a tag can travel as `pmem`."""
     state = tmp_path_factory.mktemp("moving")
-    for path, given in config_texts(Layout.of(state), tcp=False).items():
-        text = given
-        for line in ('layout = "by-tag"\n', "\n[[appliance]]\n"):
-            text = text.replace(line, line + HEAD)
-        path.write_text(text)
     made = System(state)
     made.within = own_processes
-    made.up()
+    made.up("--head-room", str(HEAD_BYTES))
+    del made.environment["TAGMEM_RUN_DIR"]  # Who has the VM is found.
     try:
         made.tagmem("vm", "start", "db1", "--memory", "512M", "--cpus", "2", "-o", "json")
         yield made
@@ -82,8 +76,7 @@ def only_on(system: System, tag: str, host: str) -> None:
 
 
 def vms(system: System, host: str) -> Any:
-    run_dir = str(Layout.of(system.state).run_dir(host))
-    return system.tagmem("vm", "--run-dir", run_dir, "list", "-o", "json")
+    return system.tagmem("vm", "--host", host, "list", "-o", "json")
 
 
 def count(system: System, tag: str) -> int:
@@ -140,7 +133,6 @@ def test_a_vm_moves_and_its_application_counts_on(system: System) -> None:
     assert [(one["tag"], one["as"]) for one in vm["tags"]] == [(tag, "pmem")]
     only_on(system, tag, "w2")
     wait_until(lambda: count(system, tag) > reached, "it counts on", 60)
-    run_dir = str(Layout.of(system.state).run_dir("w2"))
-    system.tagmem("vm", "--run-dir", run_dir, "stop", "db1", "-o", "json")
+    system.tagmem("vm", "stop", "db1", "-o", "json")
     released = system.tagmem("capacity", "release", tag, "-o", "json")
     assert released["state"] == "released"

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from tagmem.cli.base import Command, state_dir, state_dir_option
+from tagmem.cli.base import Command, Size, state_dir, state_dir_option
 
 
 def _start(module: str, function: str, *arguments: Any, **options: Any) -> None:
@@ -61,10 +61,15 @@ def orchestrator(config: Path | None, listen: str | None, state_dir: Path | None
     short_help="Start a whole system here.",
     example="tagmem up --state-dir ./state",
 )
+@click.option(
+    "--head-room",
+    type=Size(),
+    help="Leave so much in front of each tag, for VMs: 2MiB (see docs/migration.md).",
+)
 @state_dir_option
-def up(**options: Path | None) -> None:
+def up(head_room: int | None, **options: Path | None) -> None:
     """Start a whole system here and leave it running: appliance, orchestrator, three hosts."""
-    _start("tagmem.demo.main", "up", state_dir(options["state_dir"]))
+    _start("tagmem.demo.main", "up", state_dir(options["state_dir"]), head_room)
 
 
 @click.command("down", cls=Command, short_help="End it.", example="tagmem down --state-dir ./state")

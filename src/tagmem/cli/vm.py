@@ -10,12 +10,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from tagmem.base.errors import OutcomeUnknown, Retry, TagmemError, of_kind
-from tagmem.cli.base import Forward, Group, Seconds, Settings, Size, api_options
+from tagmem.base.errors import (
+    Conflict,
+    InvalidInput,
+    NotFound,
+    OutcomeUnknown,
+    Retry,
+    TagmemError,
+    of_kind,
+)
+from tagmem.cli.base import (
+    Forward,
+    Group,
+    Seconds,
+    Settings,
+    Size,
+    api_options,
+    state_dir,
+    state_dir_option,
+)
 from tagmem.cli.render import Column, joined, show_fields, show_json, show_table, size_writer
 
 LINE_BYTES_MAX = 1 << 20
@@ -44,7 +62,8 @@ def ask(run_dir: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             link.connect(path)
         except OSError as error:
-            raise AgentUnreachable(f"no host agent at {path} ({error.strerror})") from None
+            how = "`tagmem up` starts a whole system, `tagmem host` the agent of this machine"
+            raise AgentUnreachable(f"no host agent at {path} ({error.strerror}); {how}") from None
         link.sendall(json.dumps(request).encode() + b"\n")
         with link.makefile("rb") as lines:
             while line := lines.readline(LINE_BYTES_MAX):
@@ -57,9 +76,55 @@ def ask(run_dir: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     raise OutcomeUnknown(f"the host agent at {path} hung up before it answered")
 
 
-def _one(ctx: click.Context, verb: str, **request: Any) -> dict[str, Any]:
-    *_, last = ask(ctx.obj["run_dir"], {"vm": verb, **request})
-    return {name: value for name, value in last.items() if name != "done"}
+def run_dirs(given: str | None, host: str | None, state: Path | None) -> dict[str, str]:
+    """The host agents of this machine that a command may mean: names and run directories.
+
+    The one that was named, else the machine's own, else all that `tagmem up` has started here,
+    whose hosts are processes side by side. Raises InvalidInput for a host that is none of those.
+    """
+    from tagmem.client.locate import RUN_DIR
+    from tagmem.demo.layout import HOSTS, Layout
+
+    started = {name: str(Layout.of(state_dir(state)).run_dir(name)) for name in HOSTS}
+    if host is not None:
+        if host not in started:
+            limit = f"one of {', '.join(started)}, which `tagmem up` starts"
+            raise InvalidInput("host", limit, host)
+        return {host: started[host]}
+    if given is not None:
+        return {"": given}
+    own = _listens(RUN_DIR)
+    here = {name: where for name, where in started.items() if not own and _listens(where)}
+    return here or {"": RUN_DIR}
+
+
+def _listens(run_dir: str) -> bool:
+    return os.path.exists(os.path.join(run_dir, "agent.sock"))
+
+
+def _run_dir(ctx: click.Context, vm: str, *, new: bool = False) -> str:
+    """Of the agent that has a VM; a new one starts on the first."""
+    found = run_dirs(**ctx.obj)
+    if len(found) == 1 or new:
+        return next(iter(found.values()))
+    having = {host: where for host, where in found.items() if _has(where, vm)}
+    if len(having) > 1:
+        raise Conflict(f"{' and '.join(having)} have a VM {vm} each: say which (vm --host NAME)")
+    return next(iter((having or found).values()))
+
+
+def _has(run_dir: str, vm: str) -> bool:
+    try:
+        list(ask(run_dir, {"vm": "show", "name": vm}))
+    except (NotFound, AgentUnreachable):
+        return False
+    return True
+
+
+def _one(ctx: click.Context, verb: str, /, name: str, **request: Any) -> dict[str, Any]:
+    where = _run_dir(ctx, name, new=verb in ("start", "adopt"))
+    *_, last = ask(where, {"vm": verb, "name": name, **request})
+    return {key: value for key, value in last.items() if key != "done"}
 
 
 def _is_json(output: str | None) -> bool:
@@ -83,15 +148,19 @@ output_option = click.option(
 @click.option(
     "--run-dir",
     envvar="TAGMEM_RUN_DIR",
-    default="/run/tagmem",
-    show_default=True,
     metavar="DIR",
-    help="The run directory of this host's agent.",
+    help="The run directory of this host's agent. [$TAGMEM_RUN_DIR; /run/tagmem]",
 )
+@click.option(
+    "--host",
+    metavar="NAME",
+    help="One that `tagmem up` started. [default: the one that has the VM; w1 for a new one]",
+)
+@state_dir_option
 @click.pass_context
-def vm(ctx: click.Context, run_dir: str) -> None:
+def vm(ctx: click.Context, /, run_dir: str | None, host: str | None, **folder: Path | None) -> None:
     """Start or adopt VMs on this host, put tags into them, and take them back."""
-    ctx.obj = {"run_dir": run_dir}
+    ctx.obj = {"given": run_dir, "host": host, "state": folder["state_dir"]}
 
 
 @vm.command("start", short_help="Start a VM.", example="tagmem vm start db1 --memory 1G --cpus 2")
@@ -181,12 +250,16 @@ def adopt(ctx: click.Context, /, output: str | None, **given: Any) -> None:
 @click.pass_context
 def list_vms(ctx: click.Context, output: str | None) -> None:
     """List VMs."""
-    found = _one(ctx, "list")["vms"]
+    found = []
+    for host, where in run_dirs(**ctx.obj).items():
+        *_, told = ask(where, {"vm": "list"})
+        found += [row | ({"host": host} if host else {}) for row in told["vms"]]
     if _is_json(output):
         show_json(found)
         return
     columns = [
         Column("VM", lambda row: row["name"]),
+        *([Column("HOST", lambda row: row["host"])] if any("host" in r for r in found) else ()),
         Column("STATE", lambda row: row["state"]),
         Column("QEMU", lambda row: row.get("qemu", "-")),
         Column("PID", lambda row: str(row["pid"] or "-")),
@@ -303,7 +376,7 @@ def migrate(
     from tagmem.cli.migrate import Journey, sentences
 
     wish["deadline_ns"] = int(deadline * 1e9)
-    run_dir = ctx.obj["run_dir"]
+    run_dir = _run_dir(ctx, name)
     with settings.client() as client:
         journey = Journey(
             client, lambda what: ask(run_dir, what), name, to_host, wish, timeout, quiet
@@ -359,7 +432,7 @@ def execute(ctx: click.Context, name: str, command: tuple[str, ...], tag: str) -
 
     code = 1
     request = {"vm": "exec", "name": name, "argv": command, "tag": tag}
-    for told in ask(ctx.obj["run_dir"], request):
+    for told in ask(_run_dir(ctx, name), request):
         if "data" in told:
             data = base64.b64decode(told["data"])
             click.echo(data, nl=False, err=told.get("stream") == 2)
@@ -394,7 +467,8 @@ def within(
     from tagmem.presenter.within import main
 
     given["as"] = given.pop("way")
-    words = [tag, "--run-dir", ctx.obj["run_dir"], "--memory", str(memory >> 20)]
+    run_dir = next(iter(run_dirs(**ctx.obj).values()))
+    words = [tag, "--run-dir", run_dir, "--memory", str(memory >> 20)]
     for name, value in given.items():
         words += [f"--{name}", value]
     raise click.exceptions.Exit(main([*words, "--", *command]))
@@ -409,8 +483,18 @@ def _show(told: Mapping[str, Any], output: str | None) -> None:
     for name, value in told.items():
         if name == "facts":
             continue
-        text = write(value) if name.endswith("_bytes") and isinstance(value, int) else value
-        if isinstance(value, list):
-            text = joined(item["tag"] if isinstance(item, dict) else str(item) for item in value)
-        fields.append((name.replace("_", " "), str(text)))
+        text = write(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)
+        if isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, list):
+            text = joined(map(_item, value))
+        fields.append((name.replace("_", " "), text))
     show_fields(fields)
+
+
+def _item(item: Any) -> str:
+    """Of a list: a tag with what became of it, or a word."""
+    if not isinstance(item, dict):
+        return str(item)
+    how = [item.get(name) for name in ("as", "form", "guest_path")]
+    return " ".join([str(item["tag"]), *(str(word) for word in how if word)])

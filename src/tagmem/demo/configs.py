@@ -10,7 +10,8 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from tagmem.base.errors import InvalidInput
+from tagmem.base.errors import Conflict, InvalidInput
+from tagmem.base.units import GIB, MIB, Bytes, format_size, parse_size
 from tagmem.demo.layout import APPLIANCE, HOSTS, ORCHESTRATOR, Layout
 
 PORT = 7070
@@ -19,13 +20,31 @@ side by side, take any port that is free.
 """
 
 
-def config_texts(layout: Layout, *, tcp: bool) -> dict[Path, str]:
-    """The text of each daemon's file. `tcp`: the API also listens on a port of this machine."""
+def config_texts(layout: Layout, *, tcp: bool, head_room: Bytes = 0) -> dict[Path, str]:
+    """The text of each daemon's file. `tcp`: the API also listens on a port of this machine;
+    `head_room`: what the appliance leaves in front of each tag's bytes. Raises InvalidInput.
+    """
+    if head_room % (2 * MIB) or head_room > GIB:
+        raise InvalidInput("head-room", "a multiple of 2 MiB up to 1 GiB", head_room)
     listen = f'"http://127.0.0.1:{_free_port(layout)}"' if tcp else "[]"
     return {
-        layout.config(APPLIANCE): _appliance(layout),
+        layout.config(APPLIANCE): _appliance(layout, head_room),
         layout.config(ORCHESTRATOR): _orchestrator(layout, listen),
-    } | {layout.config(host): _host(layout, host) for host in HOSTS}
+    } | {layout.config(host): _host(layout, host, head_room) for host in HOSTS}
+
+
+def check_head_room(layout: Layout, wanted: Bytes) -> None:
+    """Raises Conflict where the files that are there say something else: the media are made so."""
+    path = layout.config(APPLIANCE)
+    try:
+        has = parse_size(str(tomllib.loads(path.read_text(encoding="utf-8")).get("head_room", 0)))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(path.name, "a readable TOML file", str(error)) from error
+    if has != wanted:
+        raise Conflict(
+            f"{path} was written with head_room {format_size(has)}, not {format_size(wanted)}: "
+            "take another --state-dir, or `tagmem down --purge` first"
+        )
 
 
 def api_url(layout: Layout) -> str:
@@ -85,7 +104,7 @@ address = "unix:{layout.fm_socket}"
 {links.lstrip()}"""
 
 
-def _appliance(layout: Layout) -> str:
+def _appliance(layout: Layout, head_room: Bytes) -> str:
     hosts = "".join(
         f'''
 [[host]]
@@ -102,6 +121,9 @@ state_dir = "{layout.data(APPLIANCE)}"
 media_dir = "{layout.media}"
 layout = "by-tag"
 fm_socket = "{layout.fm_socket}"
+# Left in front of each tag's bytes, where the header goes that shows a guest a DAX device with the
+# tag ("2MiB"); then the bytes have no file of their own that an unmodified program could take.
+head_room = {head_room}
 
 # Region 0: a tag goes to one host.
 [[region]]
@@ -137,7 +159,7 @@ sanitise_on_release = true
 {hosts.lstrip()}"""
 
 
-def _host(layout: Layout, host: str) -> str:
+def _host(layout: Layout, host: str, head_room: Bytes) -> str:
     return f"""\
 # The agent of host {host}: answers offers, surfaces DAX devices, runs workloads, proves release.
 name = "{host}"
@@ -151,6 +173,8 @@ name = "{APPLIANCE}"
 socket = "{layout.port_socket(host)}"
 ld = {HOSTS.index(host)}
 directory = "{layout.exposed(host)}"
+# What the appliance leaves in front of a tag's bytes: as in its own file.
+head_room = {head_room}
 
 # What it accepts; an offer outside is refused, with the reason.
 [limits]

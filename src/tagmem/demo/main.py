@@ -17,10 +17,11 @@ from pathlib import Path
 from types import FrameType
 
 from tagmem.base.errors import TagmemError
-from tagmem.base.units import format_size
+from tagmem.base.units import Bytes, format_size
 from tagmem.client.session import Client, UnknownThing
 from tagmem.demo import system
 from tagmem.demo.chaos import Chaos, Choose, running, seeded
+from tagmem.demo.configs import check_head_room
 from tagmem.demo.console import Console
 from tagmem.demo.dataset import RECORDS_MAX, records
 from tagmem.demo.layout import APPLIANCE, DAEMONS, HOSTS, ORCHESTRATOR, Layout
@@ -32,17 +33,25 @@ EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 RELEASE_SECONDS = 30.0
 
 
-def up(state_dir: str | Path, *, console: Console | None = None) -> int:
-    """Start a system and leave it running; says what runs where. Twice is fine."""
+def up(
+    state_dir: str | Path, head_room: Bytes | None = None, *, console: Console | None = None
+) -> int:
+    """Start a system and leave it running; says what runs where. Twice is fine.
+
+    `head_room`: what its appliance leaves in front of each tag's bytes, for VMs; None: nothing, or
+    what its files say.
+    """
     say = console or Console()
     layout = Layout.of(state_dir)
     try:
         if system.is_running(layout):
+            if head_room is not None:
+                check_head_room(layout, head_room)
             system.wait_ready(layout)
             say.heading("tagmem is running already")
         else:
             begun = time.monotonic()
-            _start(layout)
+            _start(layout, head_room=head_room)
             say.heading(f"tagmem is up in {time.monotonic() - begun:.2f} s")
     except TagmemError as error:
         say.failure(str(error))
@@ -144,9 +153,11 @@ def _demonstrate(
             system.remove_volatile(layout)
 
 
-def _start(layout: Layout, *, for_demo: bool = False) -> subprocess.Popen[bytes]:
+def _start(
+    layout: Layout, *, for_demo: bool = False, head_room: Bytes | None = None
+) -> subprocess.Popen[bytes]:
     """Start everything and wait until it is ready. What fails to start is stopped again."""
-    system.prepare(layout, tcp=not for_demo)
+    system.prepare(layout, tcp=not for_demo, head_room=head_room)
     for stray in system.strays(layout, workloads=False):
         # A supervisor that was killed left them, and a new one could not watch them. Workloads go
         # on: the new agents find them.

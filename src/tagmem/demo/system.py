@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tagmem.base.errors import Conflict, OutcomeUnknown, TagmemError
+from tagmem.base.units import Bytes
 from tagmem.client.session import Client
-from tagmem.demo.configs import api_url, config_texts
+from tagmem.demo.configs import api_url, check_head_room, config_texts
 from tagmem.demo.layout import APPLIANCE, DAEMONS, HOSTS, SHARED_MEMORY, Layout
 from tagmem.wire import rest
 
@@ -40,11 +41,11 @@ class Stray:
     command: str
 
 
-def prepare(layout: Layout, *, tcp: bool = True) -> None:
+def prepare(layout: Layout, *, tcp: bool = True, head_room: Bytes | None = None) -> None:
     """Make the directories, and write the configuration files that are not there yet.
 
     `tcp`: the API is to listen on a port as well. Raises Conflict when a directory cannot be made
-    or written.
+    or written, and for files that have another `head_room`.
     """
     folders = [layout.state, layout.state / "log", layout.media]
     folders += [layout.exposed(host) for host in HOSTS] + [layout.run_dir(host) for host in HOSTS]
@@ -55,10 +56,12 @@ def prepare(layout: Layout, *, tcp: bool = True) -> None:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         layout.volatile.chmod(0o700)
-        texts = config_texts(layout, tcp=tcp)
+        texts = config_texts(layout, tcp=tcp, head_room=head_room or 0)
         for path, text in texts.items():
             if not path.exists():
                 path.write_text(text, encoding="utf-8")
+        if head_room is not None:
+            check_head_room(layout, head_room)
         layout.url.write_text(api_url(layout) + "\n", encoding="utf-8")
     except OSError as error:
         raise Conflict(

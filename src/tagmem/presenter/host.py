@@ -497,8 +497,14 @@ class Hypervisor:
             shown, request.deadline_ns, force=request.force, may_stop_vm=request.may_stop_vm
         )
         if not ended.done:
-            hint = "" if request.force else "; --force goes on where it can"
-            raise Conflict(f"tag {tag} stays in VM {request.name}: {ended.reason}{hint}")
+            further = [
+                "" if request.force else "--force goes on where it can",
+                "" if request.may_stop_vm else "--stop-vm ends the VM",
+            ]
+            words = [f"tag {tag} stays in VM {request.name}: {ended.reason}"]
+            if any(further):
+                words.append(", ".join(filter(None, further)))
+            raise Conflict("; ".join(words))
         told: dict[str, Any] = msgspec.to_builtins(ended)
         return told | {"tag": tag, "name": request.name}
 
