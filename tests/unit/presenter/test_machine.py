@@ -14,7 +14,8 @@ import pytest
 from tagmem.base.errors import InvalidInput, OutcomeUnknown, RemoteError
 from tagmem.base.units import GIB, MIB
 from tagmem.presenter import survey
-from tagmem.presenter.machine import VmSpec, argv
+from tagmem.presenter.contract import CxlWindow
+from tagmem.presenter.machine import CxlSpec, MemoryNode, VmSpec, argv, cxl_options, cxl_words
 from tagmem.presenter.qemu import held_by, started_at
 
 ANSWERS: dict[str, Any] = {
@@ -113,3 +114,128 @@ def test_what_a_process_holds_is_seen(tmp_path: Path) -> None:
 def test_a_process_is_known_by_when_it_began() -> None:
     assert started_at(os.getpid()) > 0
     assert started_at(2**22 + 1) == 0
+
+
+# ---- CXL
+
+POOL = CxlSpec(2, "/media/pool0", 1 * GIB)
+
+
+def test_each_cxl_port_has_a_bridge_and_a_window_of_its_own() -> None:
+    assert cxl_options(CxlSpec()) == ()
+    assert cxl_options(CxlSpec(1)) == (
+        "cxl=on",
+        f"cxl-fmw.0.targets.0=tmcxl1,cxl-fmw.0.size={64 * GIB}",
+    )
+    options = cxl_options(POOL)
+    assert options[1] == f"cxl-fmw.0.targets.0=tmcxl0,cxl-fmw.0.size={GIB}"
+    assert [word.split(",")[0] for word in options[2:]] == [
+        "cxl-fmw.1.targets.0=tmcxl1",
+        "cxl-fmw.2.targets.0=tmcxl2",
+    ]
+    text = " ".join(argv(VmSpec("vm1", "/run/vm1", cxl=POOL)))
+    assert text.count("pxb-cxl") == text.count("cxl-rp") == 3
+    # One that passes all through needs no decoder; a device behind it never leaves.
+    assert text.count("hdm_for_passthrough=on") == 2
+    assert "id=tmcw0,bus=tmcp0" in text
+    assert "interleave" not in text
+
+
+@pytest.mark.parametrize(
+    ("memory", "most", "slots", "base"),
+    [
+        # As read of the CEDT of guests that ran: registers of bridges, then the first window.
+        (2 * GIB, 32 * GIB, 8, 0xA90000000),
+        (512 * MIB, 32 * GIB, 8, 4 * GIB + 32 * GIB - 512 * MIB + 8 * GIB + 256 * MIB),
+        (4 * GIB, 32 * GIB, 0, 6 * GIB + 28 * GIB + 256 * MIB),
+    ],
+)
+def test_the_kernel_is_told_where_the_window_lies(
+    memory: int, most: int, slots: int, base: int
+) -> None:
+    words = cxl_words(POOL, memory, most, slots)
+    assert words[0] == f"memmap=1024M%{base:#x}+0xefffffff"
+    assert words[1] == "modprobe.blacklist=dax_hmem,kmem"
+    assert cxl_words(CxlSpec(2), memory, most, slots) == ()
+
+
+NODE = MemoryNode(1, "m1", "t", "/media/tag", 0, 256 * MIB, 100, GIB, specific_purpose=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        (VmSpec("vm", "/run/vm", cxl=CxlSpec(9)), "cxl.ports"),
+        (VmSpec("vm", "/run/vm", cxl=CxlSpec(0, "/pool", 3 * MIB)), "cxl.window_bytes"),
+        (VmSpec("vm", "/run/vm", cxl=CxlSpec(0, "/pool", 0)), "cxl.window_bytes"),
+        (VmSpec("vm", "/run/vm", cxl=CxlSpec(0, "/po,ol", GIB)), "path"),
+        (VmSpec("vm", "/run/vm", cxl=POOL, nodes=(NODE,)), "cxl.window"),
+    ],
+)
+def test_cxl_that_cannot_be_is_refused(spec: VmSpec, field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        argv(spec)
+    assert caught.value.field == field
+
+
+def cxl_machine(**changes: Any) -> dict[str, Any]:
+    """Three ports: one with a dynamic device, one with a static one, one free."""
+    path = "/machine/peripheral"
+    answers = ANSWERS | {
+        f"qom-list {path}": [{"name": f"tmcp{n}", "type": "child<cxl-rp>"} for n in range(3)],
+        "qom-get /machine cxl-fmw": [{"targets": [f"tmcxl{n}"], "size": GIB} for n in range(3)],
+        f"qom-get {path}/dcd num-dc-regions": 2,
+        f"qom-get {path}/dcd volatile-dc-memdev": "/objects/pool",
+        f"qom-get {path}/dcd sn": 0xABC,
+        "qom-get /objects/pool mem-path": "/media/pool0",
+        "qom-get /objects/pool offset": 2 * MIB,
+        "qom-get /objects/pool size": GIB,
+        f"qom-get {path}/static num-dc-regions": 0,
+    }
+    for n, device in enumerate(("dcd", "static", "")):
+        answers[f"qom-get {path}/tmcp{n} parent_bus"] = f"/machine/tmcxl{n}/tmcxl{n}"
+        child = [{"name": "child[0]", "type": "link<x>"}] if device else []
+        answers[f"qom-list {path}/tmcp{n}/tmcp{n}"] = child
+        answers[f"qom-get {path}/tmcp{n}/tmcp{n} child[0]"] = f"{path}/{device}"
+    return answers | changes
+
+
+def cxl_of(answers: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[CxlWindow, ...]]:
+    async def answer(command: str, arguments: Mapping[str, Any]) -> Any:
+        key = " ".join([command, *map(str, arguments.values())])
+        if key not in answers:
+            raise RemoteError("QEMU", 1, f"no {key}")
+        return answers[key]
+
+    facts = asyncio.run(survey.survey("vm1", answer, ()))
+    return facts.cxl_ports, facts.cxl_windows
+
+
+def test_cxl_ports_and_windows_are_read_over_qmp() -> None:
+    window = CxlWindow("dcd", "0xabc", "/media/pool0", 2 * MIB, GIB, 2)
+    assert cxl_of(cxl_machine()) == (("tmcp2",), (window,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ports", "windows"),
+    [
+        # No fixed memory window leads to any of them, or one is interleaved over all.
+        ({"qom-get /machine cxl-fmw": []}, 0, 0),
+        ({"qom-get /machine cxl-fmw": [{"targets": ["tmcxl0", "tmcxl1", "tmcxl2"]}]}, 0, 0),
+        # Two root ports below one bridge.
+        ({"qom-get /machine/peripheral/tmcp2 parent_bus": "/machine/tmcxl0/tmcxl0"}, 0, 0),
+        # A device that has static memory too: DPA 0 is not dynamic.
+        ({"qom-get /machine/peripheral/dcd volatile-memdev": "/objects/more"}, 1, 0),
+        ({"qom-get /machine/peripheral/dcd persistent-memdev": "/objects/more"}, 1, 0),
+    ],
+)
+def test_what_is_not_one_device_below_one_window_is_left_alone(
+    changes: dict[str, Any], ports: int, windows: int
+) -> None:
+    found = cxl_of(cxl_machine(**changes))
+    assert (len(found[0]), len(found[1])) == (ports, windows)
+
+
+def test_garbage_about_cxl_is_unknown() -> None:
+    with pytest.raises(OutcomeUnknown, match="makes no sense"):
+        cxl_of(cxl_machine(**{"qom-get /machine cxl-fmw": [{"size": 1}]}))
