@@ -315,6 +315,8 @@ class DaxSource(msgspec.Struct, frozen=True):
     """In the order of the tag's bytes."""
     sharing: str = ""
     """How hosts share it, for the programs that map it; empty is not known."""
+    pool: str = ""
+    """Where there is no `path`: the file of the appliance's pool in which the pieces lie."""
 
 
 class DaxDevices(Protocol):
@@ -348,6 +350,10 @@ class DaxDevices(Protocol):
 
     def identities(self, tag: str) -> Sequence[tuple[int, int]]:
         """(device, inode) of what a holder of this tag would have open, as far as it is known."""
+        ...
+
+    def pool(self, tag: str) -> tuple[str, Sequence[MediaPiece]] | None:
+        """The file of a pool and the tag's pieces in it, as they were given; None: not known."""
         ...
 
     def views(self, tag: str) -> Sequence[str]:
@@ -415,6 +421,12 @@ class Hypervisors(Protocol):
 
     def holding(self, tag: str) -> str:
         """Which VMs have a tag and in which way, as a sentence; empty when none has."""
+        ...
+
+    def holders(self, tag: str) -> Sequence[Holding]:
+        """The hypervisors' processes of these VMs: for a tag that has no file of its own, nothing
+        else shows that they have it.
+        """
         ...
 
     async def release(

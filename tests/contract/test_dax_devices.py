@@ -144,6 +144,19 @@ def test_attributes_read_as_in_sysfs(tmp_path: Path) -> None:
     assert path.parent.name == path.name == "dax0.1"
 
 
+def test_where_a_pool_has_the_bytes_is_found_by_the_next_agent(tmp_path: Path) -> None:
+    host = Host("emulated", tmp_path)
+    pieces = (MediaPiece(8 * MIB, 2 * MIB), MediaPiece(0, 2 * MIB))
+    source = DaxSource(TAG, 0, 4 * MIB, 2 * MIB, False, "", pieces, pool="/media/pool 0")
+    devices = host.devices()
+    devices.surface(source)
+    devices.surface(host.source(OTHER))
+    assert devices.pool(TAG) == host.devices().pool(TAG) == ("/media/pool 0", pieces)
+    assert devices.pool(OTHER) is None, "it has a file of its own"
+    assert devices.withdraw(TAG) == ()
+    assert devices.pool(TAG) is None
+
+
 def test_files_left_beside_the_bytes_go_and_are_named(tmp_path: Path) -> None:
     host = Host("emulated", tmp_path)
     devices = host.devices()

@@ -18,6 +18,7 @@ from tagmem.appliance.media import ByDpaMedia
 from tagmem.base.errors import RemoteError, Unsupported
 from tagmem.base.units import MIB, SECOND
 from tagmem.lab.spec import GuestSpec, with_cxl
+from tagmem.presenter.common import memory_id
 from tagmem.presenter.contract import Piece, Presentation
 from tagmem.presenter.machine import CxlSpec
 from tagmem.wire import guest as wire
@@ -206,13 +207,15 @@ def test_a_device_per_tag_is_a_dax_device_of_a_stock_kernel(either: World) -> No
 
 def leave_device(pod: World, shown: Presentation) -> None:
     """The guest ejects it and the port is free again; QEMU keeps the memory, 10.0 in a device that
-    is nowhere any more.
+    is nowhere any more: it is not asked to free it, and would refuse.
     """
     gone = pod.detach(shown, seconds=20)
     assert not gone.done
     facts = pod.run(pod.vm.facts())
+    assert "does not let go of a CXL device's memory" in gone.reason, gone
     kept = "Cannot delete host memory backend" if facts.qemu >= (11, 0, 0) else "is in use"
-    assert kept in gone.reason, gone
+    with pytest.raises(RemoteError, match=kept):
+        pod.run(pod.vm.execute("object-del", {"id": memory_id(shown.tagged.tag)}))
     assert shown.device not in facts.devices
     assert shown.slot in facts.cxl_ports
     assert pod.run(pod.find(shown)) is None
@@ -225,7 +228,8 @@ def test_a_port_is_used_again_and_a_holder_is_named(pod: World) -> None:
     kept = pod.detach(shown, seconds=3)
     assert pid in [holder.pid for holder in kept.holders], kept
     forced = pod.detach(shown, seconds=20, force=True)
-    assert "Cannot delete host memory backend" in forced.reason, forced
+    assert "the VM must end first" in forced.reason, forced
+    assert "only when its guest lets it" in forced.reason, forced
 
 
 def test_the_last_rung_gives_all_back(pod: World) -> None:

@@ -4,6 +4,8 @@
                               extents, sharing
     <run>/by-tag/<uuid>       a link to the bytes
 
+Of media by DPA there are no bytes to link, but `pool`, the file of which `extents` are parts.
+
 A device is built aside and renamed into place, and renamed aside before it is taken apart, so that
 nobody ever finds half of one. The bytes are a hard link of the appliance's file: an application
 that unlinks it, or puts a file of its own beside it, harms nobody else.
@@ -22,10 +24,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from tagmem.agent import stale
-from tagmem.ports import DaxSource
+from tagmem.ports import DaxSource, MediaPiece
 from tagmem.shared.stale import MEDIUM, SHADOW
 
-ATTRIBUTES = ("size", "align", "uuid", "mode", "read_only", "extents", "sharing")
+ATTRIBUTES = ("size", "align", "uuid", "mode", "read_only", "extents", "sharing", "pool")
 _NEW = ".new-"
 _GONE = ".gone-"
 _KEPT = ".kept-"
@@ -196,6 +198,16 @@ class EmulatedDax:
             identity = self._identities[tag] = (status.st_dev, status.st_ino)
         return () if identity is None else (identity,)
 
+    def pool(self, tag: str) -> tuple[str, Sequence[MediaPiece]] | None:
+        """As it was given when the device was made, by this agent or an earlier one."""
+        try:
+            folder = f"{self._run}/{self._names[tag]}"
+            path = Path(folder, "pool").read_text(encoding="utf-8").rstrip("\n")
+            pieces = json.loads(Path(folder, "extents").read_bytes())
+        except (KeyError, FileNotFoundError):
+            return None
+        return path, tuple(MediaPiece(piece["offset"], piece["length"]) for piece in pieces)
+
     def views(self, tag: str) -> Sequence[str]:
         """Where caches lie: what the programs of this host map, and what came from memory."""
         device = self._stale(tag)
@@ -248,7 +260,7 @@ def _numbers(name: str) -> tuple[int, int]:
 
 def _attributes(source: DaxSource) -> dict[str, str]:
     pieces = [{"offset": piece.offset, "length": piece.length} for piece in source.pieces]
-    return {
+    values = {
         "size": str(source.size_bytes),
         "align": str(source.align_bytes),
         "uuid": source.tag,
@@ -257,6 +269,7 @@ def _attributes(source: DaxSource) -> dict[str, str]:
         "extents": json.dumps(pieces, separators=(",", ":")),
         "sharing": source.sharing,
     }
+    return values | ({"pool": source.pool} if source.pool else {})
 
 
 def _place(source: str, target: str, *, read_only: bool) -> None:

@@ -108,6 +108,10 @@ class KernelDax:
         """A device node keeps its name."""
         return -1
 
+    def pool(self, tag: str) -> tuple[str, Sequence[MediaPiece]] | None:
+        """None: the kernel's devices have the bytes themselves."""
+        return None
+
     def views(self, tag: str) -> Sequence[str]:
         """None: the kernel's devices have the bytes alone."""
         return ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,6 @@ class HostService:
         self._surfacing: dict[str, r.Surface] = {}
         self._checking: dict[str, r.CheckHolders] = {}
         self._media_kept: dict[str, int] = {}
-        self._pools: dict[str, tuple[str, tuple[MediaPiece, ...]]] = {}
-        """Of tags whose bytes are part of an appliance's pool: its file, and where in it."""
         self._refusals = Refusals(Path(config.run))
         self._refused: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -290,13 +288,14 @@ class HostService:
             raise NotFound(f"tag {tag} is not attached to this host")
         size = sum(length for _, length in state.extents)
         head = self._head_bytes.get(state.appliance, 0)
-        pieces: tuple[MediaPiece, ...] = (MediaPiece(head, size),)
+        pieces: Sequence[MediaPiece] = (MediaPiece(head, size),)
         own = os.path.exists(path)
         if not own:
-            if tag not in self._pools:
+            pool = self._devices.pool(tag)
+            if pool is None or sum(piece.length for piece in pool[1]) != size:
                 why = "its bytes are in no file that this host knows of"
                 raise Unsupported(f"tag {tag}: {why}; attached anew, it asks the appliance")
-            (path, pieces), head = self._pools[tag], 0
+            (path, pieces), head = pool, 0
         desired = state.desired
         return HostTag(
             tag,
@@ -344,10 +343,12 @@ class HostService:
 
     def _check(self, effect: r.CheckHolders) -> None:
         """Without a path to the bytes the appliance lends their descriptor for the proof."""
+        if self._devices.descriptor(effect.tag) < 0 and not self._devices.identities(effect.tag):
+            self.engine.post(self._guests_proof(effect))
+            return
         connection = self.connections.get(effect.appliance)
         if (
             self._devices.descriptor(effect.tag) >= 0
-            or not self._devices.identities(effect.tag)
             or self._source_path(effect.appliance, effect.tag)
             or connection is None
             or not connection.ask_media(effect.tag)
@@ -358,6 +359,16 @@ class HostService:
                 self._proof_worker.order(effect)
             return
         self._checking[effect.tag] = effect
+
+    def _guests_proof(self, order: r.CheckHolders) -> r.HoldersChecked:
+        """Of a tag without a file of its own, as part of a pool is: programs of this host cannot
+        have it, and the VMs that do are those on record.
+        """
+        if self._make_hypervisors is not None and self._vms is None:
+            why = "the VMs of this host are still being found"
+            return r.HoldersChecked(order.tag, order.ticket, (), False, why)
+        holders = tuple(self._vms.holders(order.tag)) if self._vms is not None else ()
+        return r.HoldersChecked(order.tag, order.ticket, holders, True, "")
 
     def _media(self, answer: MediaAnswer, descriptor: int) -> None:
         """The appliance has said where the bytes of a tag are, or that it does not say."""
@@ -376,12 +387,12 @@ class HostService:
         if descriptor >= 0:
             self._media_kept[answer.tag] = descriptor
         pieces = tuple(MediaPiece(p.media_offset, p.length_bytes) for p in answer.media.pieces)
-        path = ""
+        path = pool = ""
         if answer.media.layout is MediaLayout.BY_TAG and descriptor >= 0:
             path = f"/proc/self/fd/{descriptor}"
         elif descriptor >= 0:
-            self._pools[answer.tag] = (os.readlink(f"/proc/self/fd/{descriptor}"), pieces)
-        self._device_worker.order(_Placed(0, effect, path, pieces))
+            pool = os.readlink(f"/proc/self/fd/{descriptor}")
+        self._device_worker.order(_Placed(0, effect, path, pieces, pool))
 
     # ---- in the device worker
 
@@ -395,7 +406,7 @@ class HostService:
                 head = self._head_bytes.get(order.appliance, 0)
                 self._make(order, path, (MediaPiece(head, order.size_bytes),))
             elif isinstance(order, _Placed):
-                self._make(order.surface, order.path, order.pieces)
+                self._make(order.surface, order.path, order.pieces, order.pool)
                 if order.path:
                     close_quietly(self._media_kept.pop(order.surface.tag, -1))
             elif isinstance(order, r.Withdraw):
@@ -407,7 +418,9 @@ class HostService:
             elif isinstance(order, r.ReturnExtents):
                 self._return(order)
 
-    def _make(self, order: r.Surface, path: str, pieces: tuple[MediaPiece, ...]) -> None:
+    def _make(
+        self, order: r.Surface, path: str, pieces: tuple[MediaPiece, ...], pool: str = ""
+    ) -> None:
         if self._tickets.get(order.tag) != order.ticket:
             return
         align = self._config.policy().align_bytes
@@ -420,6 +433,7 @@ class HostService:
             path,
             pieces,
             order.sharing,
+            pool,
         )
         try:
             found = self._devices.surface(source)
@@ -446,7 +460,6 @@ class HostService:
             self._device_worker.tell(connection.perform, order)
 
     def _give_up(self, tag: str) -> bool:
-        self._pools.pop(tag, None)
         close_quietly(self._media_kept.pop(tag, -1))
         self._tickets.pop(tag, None)
         try:
@@ -563,3 +576,4 @@ class _Placed(Effect, frozen=True):
     surface: r.Surface
     path: str
     pieces: tuple[MediaPiece, ...]
+    pool: str

@@ -295,11 +295,16 @@ class Cxl:
     """
 
     def __init__(
-        self, roots: Roots, claim: Callable[[str, str], None], mem: str = "/dev/mem"
+        self,
+        roots: Roots,
+        claim: Callable[[str, str], None],
+        mem: str = "/dev/mem",
+        region_seconds: float = REGION_SECONDS,
     ) -> None:
         self._roots = roots
         self._claim = claim
         self._mem = mem
+        self._region_seconds = region_seconds
         self._lock = threading.Lock()
 
     def features(self) -> tuple[str, ...]:
@@ -391,7 +396,7 @@ class Cxl:
     def _carve(self, start: int, length: int) -> None:
         """Make a DAX device of exactly this range, bound to device_dax. Idempotent."""
         bus = f"{self._roots.sysfs}/bus/dax"
-        end = time.monotonic() + REGION_SECONDS
+        end = time.monotonic() + self._region_seconds
         while True:
             known = {name: (at, size) for name, at, size in self._dax()}
             for name, place in known.items():

@@ -30,6 +30,10 @@ HEADER_BYTES = DAX_ALIGN_BYTES
 """What a header takes in front of the bytes: the kernel wants the data aligned to 2 MiB."""
 SMALL_BAR_BYTES = 2 * MIB
 """Left of a slot's address space for the other registers of the device in it."""
+CXL_KEPT = (
+    "it does not let go of a CXL device's memory while it runs, so the VM must end first "
+    "(vm detach --stop-vm, vm stop)"
+)
 FIND_NS = 5 * SECOND
 """How long the guest's agent may look for a tag that has just been plugged in."""
 ASK_NS = 60 * SECOND

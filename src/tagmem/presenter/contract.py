@@ -329,6 +329,8 @@ class ProveUnmapped(Value, frozen=True):
 
     paths: tuple[str, ...]
     deadline_ns: Nanoseconds
+    otherwise: str = ""
+    """What helps when it does, or why it always will."""
 
 
 class Impossible(Value, frozen=True):

@@ -43,7 +43,8 @@ PROVE_NS = SECOND // 5
 """It will not be: QEMU maps the pool as long as it runs."""
 WARNING = (
     "QEMU keeps the whole pool mapped: what the guest gives back is the host's only when the VM "
-    "has ended; it cannot be migrated, and each access is emulated"
+    "has ended; nothing is taken from a guest by force, it cannot be migrated, and each access is "
+    "emulated"
 )
 NO_FORCE = "QEMU does not release dynamic capacity by force"
 
@@ -143,7 +144,7 @@ class Cxl(Planned):
         if rung == "unplug":
             return (
                 RecallExtent(presentation.tagged.tag, extents.RECALL_NS),
-                ProveUnmapped(common.file_paths(presentation.tagged), PROVE_NS),
+                ProveUnmapped(common.file_paths(presentation.tagged), PROVE_NS, common.CXL_KEPT),
             )
         if rung == "revoke":
             return (Impossible(NO_FORCE),)

@@ -20,8 +20,8 @@ from tagmem.presenter import common
 from tagmem.presenter.contract import (
     AskGuest,
     AwaitDeleted,
-    Command,
     Description,
+    Impossible,
     Machine,
     Plan,
     Presentation,
@@ -30,7 +30,7 @@ from tagmem.presenter.contract import (
     Step,
     VmFacts,
 )
-from tagmem.presenter.driver import PROVE_NS, Planned
+from tagmem.presenter.driver import Planned
 from tagmem.wire import guest
 
 DRIVER = "cxl-type3"
@@ -39,10 +39,14 @@ UNIT_BYTES = 256 * MIB
 COMMIT_NS = 40 * SECOND
 LEAVE_NS = 8 * SECOND
 """Root ports of CXL know only the native hot-plug, with its button's five seconds."""
+KEPT_NS = SECOND // 5
+"""It will be mapped still: no QEMU lets the memory of a CXL device go."""
 WARNING = (
     "QEMU keeps the memory of a CXL device mapped when the device has left: the bytes are the "
-    "host's only when the VM has ended; it cannot be migrated"
+    "host's only when the VM has ended; nothing is taken from a guest by force, and it cannot be "
+    "migrated"
 )
+NO_FORCE = "a CXL device leaves only when its guest lets it"
 
 
 def serial(tag: str) -> int:
@@ -121,8 +125,8 @@ class CxlStatic(Planned):
         return shown
 
     def unplan(self, presentation: Presentation, rung: str) -> tuple[Step, ...]:
-        """The guest proves and ejects; then QEMU is asked to let the memory go, which it does not
-        so far, and says so itself.
+        """The guest proves and ejects. QEMU is not asked to let the memory go: it refuses that once
+        a CXL device has had it.
         """
         tagged = presentation.tagged
         if rung in ("ask", "insist"):
@@ -130,7 +134,8 @@ class CxlStatic(Planned):
         if rung == "unplug":
             return (
                 AwaitDeleted(presentation.device, LEAVE_NS),
-                Command("object-del", {"id": common.memory_id(tagged.tag)}),
-                ProveUnmapped(common.file_paths(tagged), PROVE_NS),
+                ProveUnmapped(common.file_paths(tagged), KEPT_NS, common.CXL_KEPT),
             )
+        if rung == "revoke":
+            return (Impossible(NO_FORCE),)
         return ()

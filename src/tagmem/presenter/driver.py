@@ -230,7 +230,8 @@ async def _prove(step: ProveUnmapped, vm: Machine) -> None:
     end = now() + step.deadline_ns
     while held := await vm.holds(step.paths):
         if now() >= end:
-            raise StillMapped(f"QEMU still has {', '.join(held)}")
+            more = f"; {step.otherwise}" if step.otherwise else ""
+            raise StillMapped(f"QEMU still has {', '.join(held)}{more}")
         await asyncio.sleep(POLL_SECONDS)
 
 

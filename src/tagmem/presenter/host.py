@@ -28,7 +28,7 @@ from tagmem.base.errors import (
 )
 from tagmem.base.ids import parse_name, parse_tag
 from tagmem.base.units import SECOND, Nanoseconds
-from tagmem.ports import Emit, HostTag, Peers
+from tagmem.ports import Emit, Holding, HostTag, Peers
 from tagmem.presenter import ram, survey
 from tagmem.presenter.arrival import Arrivals
 from tagmem.presenter.attend import Attendant
@@ -544,6 +544,14 @@ class Hypervisor:
     def holding(self, tag: str) -> str:
         """See `ports.Hypervisors`."""
         return "; ".join(_holds(one) for (_, held), one in self._shown.items() if held == tag)
+
+    def holders(self, tag: str) -> Sequence[Holding]:
+        """See `ports.Hypervisors`."""
+        found = []
+        for vm in (name for name, held in self._shown if held == tag):
+            entry = self._entries.get(vm)
+            found.append(Holding(entry.record.pid if entry else 0, f"VM {vm}", "maps"))
+        return found
 
     async def release(
         self, tag: str, deadline_ns: Nanoseconds, *, may_stop_vm: bool, up_to: str = "detach"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tagmem.agent.loop import AgentMachine
 from tagmem.agent.vms import KeepVm, VmTable
 from tagmem.base.errors import NotFound
 from tagmem.io import stream
-from tagmem.ports import Emit, Loaded
+from tagmem.ports import Emit, Holding, Loaded
 
 
 class Vms:
@@ -32,6 +32,9 @@ class Vms:
 
     async def serve(self, from_host: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         raise NotFound(f"nothing for {from_host}")
+
+    def holders(self, tag: str) -> Sequence[Holding]:
+        return ()
 
     def holding(self, tag: str) -> str:
         return ""

@@ -98,7 +98,7 @@ class Guest:
 
 class _OnTree(Cxl):
     def __init__(self, guest: Guest) -> None:
-        super().__init__(guest.roots, guest.claim)
+        super().__init__(guest.roots, guest.claim, region_seconds=0)
         self._guest = guest
 
     def _open(self, told: Told, *, dynamic: bool, seconds: float = 2.0) -> Device:
@@ -109,8 +109,7 @@ class _OnTree(Cxl):
 
 
 @pytest.fixture
-def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guest:
-    monkeypatch.setattr(cxl, "REGION_SECONDS", 0.0)
+def guest(tmp_path: Path) -> Guest:
     return Guest(tmp_path)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -41,6 +43,7 @@ from tagmem.presenter.requests import (
     read,
     rebuildable,
     same_machine,
+    spec_of,
 )
 
 WAYS = all_presenters()
@@ -268,3 +271,25 @@ def test_a_stream_goes_to_a_socket_of_a_vm_or_a_port_and_never_to_a_command() ->
             read({"machine": "q35", "accel": "tcg", field: value}, Waiting)
     with pytest.raises(InvalidInput):
         read({"id": "x" * 36}, About)
+
+
+@pytest.mark.parametrize("given", [{"cxl_ports": 1}, {"cxl_window": "pool"}])
+def test_a_vm_with_cxl_is_refused_before_anything_moves(given: Any, tmp_path: Path) -> None:
+    """QEMU says that it has migrated, and the devices are dead afterwards."""
+    if "cxl_window" in given:
+        pool = tmp_path / "pool"
+        pool.touch()
+        os.truncate(pool, 256 * MIB)
+        given = {"cxl_window": str(pool)}
+    request = Start("vm1", **given)
+    build = build_of(request, spec_of(request, "/run/vm1", ()))
+    with pytest.raises(Unsupported, match="CXL devices, which QEMU does not migrate"):
+        rebuildable(VmRecord("vm1", "/run/vm1/qmp", directory="/run/vm1", build=build))
+
+
+def test_a_pool_that_is_no_window_is_refused(tmp_path: Path) -> None:
+    small = tmp_path / "pool"
+    small.write_bytes(b"")
+    for path, said in ((small, "at least"), (tmp_path / "none", "No such file")):
+        with pytest.raises(InvalidInput, match=said):
+            spec_of(Start("vm1", cxl_window=str(path)), "/run/vm1", ())

@@ -11,15 +11,19 @@ from tagmem.base.units import GIB, MIB
 from tagmem.presenter.choose import all_presenters, choose, pick
 from tagmem.presenter.contract import (
     Command,
+    Impossible,
     MakeHeader,
     Need,
     OpenWindow,
     Piece,
+    Presentation,
+    ProveUnmapped,
     Request,
     Slot,
     Tagged,
     VmFacts,
 )
+from tagmem.presenter.driver import Planned
 
 WAYS = all_presenters()
 replace = msgspec.structs.replace
@@ -182,3 +186,33 @@ def test_what_is_not_guaranteed_warns(way: str) -> None:
 def test_the_smallest_slot_that_fits_is_taken() -> None:
     assert WAYS["pmem"].plan(Request(tagged()), ROOMY).slot == "rp1"
     assert WAYS["vhost-pmem"].plan(Request(tagged(GIB)), ROOMY).slot == "rp2"
+
+
+@pytest.mark.parametrize("way", ["cxl", "cxl-static"])
+def test_attaching_cxl_says_what_cannot_be_done_with_it(way: str) -> None:
+    what = WAYS[way].describe()
+    for text in (what.warning, WAYS[way].plan(Request(tagged()), ROOMY).warning):
+        assert "only when the VM has ended" in text
+        assert "by force" in text
+        assert "cannot be migrated" in text
+    assert what.migration == "broken"
+    for need in (Need(live_migration=True), Need(guaranteed=True)):
+        reason = WAYS[way].can(Request(tagged(), need), ROOMY)
+        assert reason is not None
+    assert choose(WAYS, Request(tagged()), ROOMY).presenter not in ("cxl", "cxl-static")
+
+
+@pytest.mark.parametrize("way", ["cxl", "cxl-static"])
+def test_detaching_cxl_tries_nothing_that_qemu_cannot_do(way: str) -> None:
+    presenter = WAYS[way]
+    assert isinstance(presenter, Planned)
+    shown = Presentation(tagged(), "vm1", way, "tmcw0", "attached")
+    steps = [
+        s for rung in ("ask", "insist", "unplug", "revoke") for s in presenter.unplan(shown, rung)
+    ]
+    assert not any(isinstance(step, Command) for step in steps), "neither object-del nor device_del"
+    [proof] = [step for step in steps if isinstance(step, ProveUnmapped)]
+    assert "the VM must end first" in proof.otherwise
+    [force] = presenter.unplan(shown, "revoke")
+    assert isinstance(force, Impossible)
+    assert force.reason
