@@ -220,7 +220,7 @@ def _columns(human: bool) -> list[Column]:
         Column("SIZE", lambda c: size(c.size_bytes)),
         Column("STATE", lambda c: c.state),
         Column("HOSTS", lambda c: joined(_host_state(a) for a in c.attachments)),
-        Column("SHARING", lambda c: c.sharing),
+        Column("SHARING", _sharing),
         Column("GUARANTEED", lambda c: yes(c.guaranteed)),
         Column("APPLIANCE", lambda c: c.appliance),
         Column("OWNER", lambda c: c.owner or "-"),
@@ -231,6 +231,10 @@ def _columns(human: bool) -> list[Column]:
         Column("REVISION", lambda c: str(c.revision), wide=True),
         Column("FAULT", lambda c: c.fault or "-", wide=True),
     ]
+
+
+def _sharing(document: CapacityDocument) -> str:
+    return document.sharing + (", published" if document.published else "")
 
 
 def _host_state(attachment: AttachmentDocument) -> str:
@@ -369,7 +373,7 @@ def show_one(document: CapacityDocument, settings: Settings) -> None:
         ("size", size(document.size_bytes)),
         ("state", document.state),
         ("guaranteed", yes(document.guaranteed)),
-        ("sharing", document.sharing + (", published" if document.published else "")),
+        ("sharing", _sharing(document)),
         ("retained", _retained(document)),
         ("move", _move_text(document.move)),
         ("owner", document.owner),
