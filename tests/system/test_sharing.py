@@ -193,8 +193,11 @@ def test_who_refuses_leaves_it_with_who_has_it(pod: Pod) -> None:
     alone = pod.create("none", "w1")
     said = pod.tagmem("capacity", "hand-over", alone, "--from", "w1", "--to", "w2", code=4)
     assert "it is not shared" in said
+    both = pod.create("hardware-coherent", "w1,w2")
+    said = pod.tagmem("capacity", "hand-over", both, "--from", "w1", "--to", "w2", code=4)
+    assert "w2 has it already: release it on w1" in said
     assert read(pod.device("w1", tag), 0, len(WORD)) == WORD
-    for each in (tag, alone):
+    for each in (tag, alone, both):
         pod.tagmem("capacity", "release", each)
 
 

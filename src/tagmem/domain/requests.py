@@ -386,6 +386,11 @@ def _release_one(turn: Turn, record: AttachmentRecord, plan: ReleasePlan) -> boo
             turn.begin_release(record, Happening.RELEASE, plan, gone=never, proved=never)
             is not None
         )
+    return climb(turn, record, plan)
+
+
+def climb(turn: Turn, record: AttachmentRecord, plan: ReleasePlan) -> bool:
+    """Let the release that is under way go higher; False where it may already."""
     before = record.release or ReleasePlan()
     if ladder.rank(plan.up_to) <= ladder.rank(before.up_to):
         return False

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from tagmem.base.ids import HostId
 from tagmem.base.limits import HOSTS_PER_APPLIANCE_MAX
 from tagmem.domain import attachment as attachments
-from tagmem.domain import moves
+from tagmem.domain import ladder, moves
 from tagmem.domain.effects import HandOver, PublishCapacity, RetainCapacity
 from tagmem.domain.outcome import Outcome, Reply
 from tagmem.domain.records import (
@@ -27,6 +27,7 @@ from tagmem.domain.records import (
 )
 from tagmem.domain.requests import (
     answer_again,
+    climb,
     problem,
     refusal,
     remember,
@@ -56,8 +57,10 @@ def hand_over(turn: Turn, event: HandOver) -> Reply:
     found = _capacity(state, event.tag, (event.source, event.target))
     if isinstance(found, Reply):
         return found
-    same = _same(found, MoveKind.HAND_OVER, event.source, (event.target,))
-    if same or _handed_over(state, found, event):
+    plan = ReleasePlan(event.up_to, dict(event.deadlines_ns))
+    if _same(found, MoveKind.HAND_OVER, event.source, (event.target,)):
+        return _again(turn, found, plan, event.if_match)
+    if _handed_over(state, found, event):
         return Reply(Outcome.ALREADY_SO, found.tag)
     refused = (
         _cannot_reach(state, found, event.target)
@@ -66,7 +69,6 @@ def hand_over(turn: Turn, event: HandOver) -> Reply:
     )
     if refused is not None:
         return refused
-    plan = ReleasePlan(event.up_to, dict(event.deadlines_ns))
     _begin(turn, found, MoveKind.HAND_OVER, event.source, (HostId(event.target),), plan)
     reply = Reply(Outcome.ACCEPTED, found.tag)
     remember(turn, event.idempotency_key, digest, reply)
@@ -98,6 +100,23 @@ def _same(
         and source in (None, move.source)
         and set(targets) <= set(move.targets)
     )
+
+
+def _again(turn: Turn, capacity: CapacityRecord, plan: ReleasePlan, if_match: int | None) -> Reply:
+    """The move that is under way was asked for again: its release may climb higher now."""
+    move = capacity.moving
+    if move is None or ladder.rank(plan.up_to) <= ladder.rank(move.plan.up_to):
+        return Reply(Outcome.ALREADY_SO, capacity.tag)
+    refused = unmatched(capacity, if_match)
+    if refused is not None:
+        return refused
+    higher = replace(plan, deadlines_ns={**move.plan.deadlines_ns, **plan.deadlines_ns})
+    turn.put_capacity(replace(capacity, move=replace(move, plan=higher)))
+    source = turn.state.attachment(capacity.tag, move.source)
+    if source is not None and source.state in attachments.LEAVING:
+        climb(turn, source, higher)
+    turn.settle_now(capacity.tag)
+    return Reply(Outcome.ACCEPTED, capacity.tag)
 
 
 def _handed_over(state: State, capacity: CapacityRecord, event: HandOver) -> bool:
@@ -143,11 +162,11 @@ def _cannot_hand_over(state: State, capacity: CapacityRecord, event: HandOver) -
         return refusal(Outcome.TAG_IS_NOT_ATTACHED, tag, detail)
     target = state.attachment(tag, event.target)
     if target is not None and (target.state not in attachments.OVER or target.held):
-        detail = (
-            f"{target.host} has it already: release it on {source.host}"
-            if not target.held or target.state in (attachments.WANTED)
-            else f"{target.host} is still giving it back"
-        )
+        detail = f"{target.host} is still giving it back"
+        if target.state is AttachmentState.ATTACHED:
+            detail = f"{target.host} has it already: release it on {source.host}"
+        elif target.state in attachments.WANTED:
+            detail = f"on {target.host} it is {target.state.value} already"
         return refusal(Outcome.TAG_IS_STILL_HELD, tag, detail)
     return unsettled
 
@@ -193,7 +212,10 @@ def publish(turn: Turn, event: PublishCapacity) -> Reply:
     found = _capacity(state, event.tag, event.hosts)
     if isinstance(found, Reply):
         return found
-    if _same(found, MoveKind.PUBLISH, None, event.hosts) or _all_read(state, found, event.hosts):
+    plan = ReleasePlan(event.up_to, dict(event.deadlines_ns))
+    if _same(found, MoveKind.PUBLISH, None, event.hosts):
+        return _again(turn, found, plan, event.if_match)
+    if _all_read(state, found, event.hosts):
         return Reply(Outcome.ALREADY_SO, found.tag)
     for host in event.hosts:
         refused = _cannot_reach(state, found, host)
@@ -204,7 +226,6 @@ def publish(turn: Turn, event: PublishCapacity) -> Reply:
         return refused
     source = "" if found.published else _writer(state, found)
     hosts = dict.fromkeys((source, *event.hosts) if source else event.hosts)
-    plan = ReleasePlan(event.up_to, dict(event.deadlines_ns))
     targets = tuple(HostId(host) for host in hosts)
     _begin(turn, found, MoveKind.PUBLISH, source, targets, plan)
     reply = Reply(Outcome.ACCEPTED, found.tag)
