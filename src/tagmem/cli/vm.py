@@ -454,11 +454,20 @@ def execute(ctx: click.Context, name: str, command: tuple[str, ...], tag: str) -
 @click.option("--initrd", default="", metavar="FILE")
 @click.option("--append", default="", metavar="WORDS", help="The kernel's command line.")
 @click.option("--memory", type=Size(), default="256M", show_default=True)
-@click.option("--accel", default="tcg", show_default=True)
-@click.option("--cpu", default="max,phys-bits=46", show_default=True)
+@click.option("--accel", default="auto", show_default=True, help="auto: kvm if it opens.")
+@click.option("--cpu", default="", metavar="MODEL", help="As QEMU names it.")
+@click.option(
+    "--timeout", type=Seconds(), default="4s", show_default=True, help="Then it is ended."
+)
 @click.pass_context
 def within(
-    ctx: click.Context, /, tag: str, command: tuple[str, ...], memory: int, **given: str
+    ctx: click.Context,
+    /,
+    tag: str,
+    command: tuple[str, ...],
+    memory: int,
+    timeout: float,
+    **given: str,
 ) -> None:
     """Be the host of one VM: present TAG, which this machine has by name, to a VM of its own, and
     run COMMAND in it. Tells what it does as JSON lines; SIGTERM takes the tag back, ends the VM,
@@ -469,6 +478,7 @@ def within(
     given["as"] = given.pop("way")
     run_dir = next(iter(run_dirs(**ctx.obj).values()))
     words = [tag, "--run-dir", run_dir, "--memory", str(memory >> 20)]
+    words += ["--timeout", str(timeout)]
     for name, value in given.items():
         words += [f"--{name}", value]
     raise click.exceptions.Exit(main([*words, "--", *command]))

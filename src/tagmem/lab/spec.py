@@ -37,6 +37,9 @@ MODULES = (
 )
 """What is loaded before the agent starts. Not the CXL drivers: where decoders are to be committed
 from user space, that comes first."""
+NESTED_MODULES = ("kvm_amd", "kvm_intel")
+"""One of them loads: an emulated processor has virtualisation too, and a VM in a VM boots in seconds
+by it, in an emulator that is emulated in minutes."""
 
 MEMORY_BYTES_MIN = 256 * MIB
 CPUS_MAX = 64
@@ -77,7 +80,7 @@ class GuestSpec:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Laid over the image: path in the guest to content; `#!` in front makes it executable."""
     nested: bool = False
-    """It gets the QEMU that it runs on, in /opt/qemu, and a kernel and initrd in /boot."""
+    """It gets the QEMU that it runs on, in /opt/qemu, a kernel and initrd in /boot, and KVM."""
     agent: bool = True
     accel: Accel | None = None
     """None: KVM where it boots, else TCG."""
@@ -230,7 +233,8 @@ machine's own."""
 def kernel_line(spec: GuestSpec) -> str:
     """The kernel's command line. A panicked guest stays as it is, to be looked at."""
     words = ["console=ttyS0", "panic=0", "quiet", "audit=0"]
-    words.append(f"tagmem.modules={','.join(spec.modules)}")
+    modules = (*spec.modules, *NESTED_MODULES) if spec.nested else spec.modules
+    words.append(f"tagmem.modules={','.join(modules)}")
     if not spec.agent:
         words.append("tagmem.agent=off")
     return " ".join([*words, *spec.kernel_arguments])

@@ -88,6 +88,8 @@ def test_the_kernel_is_told_which_modules_to_load_and_more() -> None:
     assert "tagmem.modules=a,b" in words
     assert "tagmem.agent=off" in words
     assert words[-1] == "memmap=1G!4G"
+    words = kernel_line(GuestSpec(modules=("a",), nested=True)).split()
+    assert "tagmem.modules=a,kvm_amd,kvm_intel" in words
 
 
 @pytest.mark.parametrize(
