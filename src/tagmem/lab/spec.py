@@ -38,8 +38,8 @@ MODULES = (
 """What is loaded before the agent starts. Not the CXL drivers: where decoders are to be committed
 from user space, that comes first."""
 NESTED_MODULES = ("kvm_amd", "kvm_intel")
-"""One of them loads: an emulated processor has virtualisation too, and a VM in a VM boots in seconds
-by it, in an emulator that is emulated in minutes."""
+"""One of them loads: an emulated processor has virtualisation too. A VM in a VM boots in seconds by
+it, and in an emulator that is emulated in minutes."""
 
 MEMORY_BYTES_MIN = 256 * MIB
 CPUS_MAX = 64
