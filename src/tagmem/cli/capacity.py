@@ -358,7 +358,11 @@ def rung_deadlines(items: tuple[str, ...]) -> dict[str, float]:
         if rung not in RUNGS or not equals:
             limit = f"RUNG=DURATION with one of {', '.join(RUNGS)}"
             raise InvalidInput("rung-timeout", limit, text)
-        found[rung] = Seconds().convert(duration, None, None)
+        try:
+            found[rung] = Seconds().convert(duration, None, None)
+        except click.BadParameter:
+            limit = "RUNG=DURATION with a duration such as 10, 500ms, 10s or 2m"
+            raise InvalidInput("rung-timeout", limit, text) from None
     return found
 
 

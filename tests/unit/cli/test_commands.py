@@ -243,7 +243,7 @@ def test_a_stuck_release_names_the_holder(api: FakeApi, tagmem: Tagmem) -> None:
     assert "on w1 it is releasing (rung stop), held by pid 4711 redis (open)" in ended.err
 
 
-@pytest.mark.parametrize("text", ["stop", "jump=1s", "=1"])
+@pytest.mark.parametrize("text", ["stop", "jump=1s", "=1", "ask=-1", "ask="])
 def test_a_rung_that_is_none_is_refused(api: FakeApi, tagmem: Tagmem, text: str) -> None:
     ended = tagmem("capacity", "release", TAG, "--rung-timeout", text)
     assert ended.code == 2
