@@ -19,7 +19,19 @@ from tests.vm.test_host_vms import SIZE, TAGMEM, System
 
 from tagmem.demo.configs import config_texts
 from tagmem.demo.layout import APPLIANCE, Layout
+from tagmem.wire.cdat import performance
 
+FIGURES = ("--cxl-latency-ns", "350", "--cxl-bandwidth", "20G")
+# The stock drivers, as far as they go with a device whose capacity is all dynamic.
+TABLE = """
+import glob, subprocess, time
+subprocess.run(["modprobe", "-a", "cxl_acpi", "cxl_port", "cxl_mem", "cxl_pci"], check=True)
+end = time.monotonic() + 30
+while not (found := glob.glob("/sys/bus/cxl/devices/endpoint*/CDAT")):
+    assert time.monotonic() < end, "the driver makes no endpoint"
+    time.sleep(0.1)
+print(open(found[0], "rb").read().hex())
+"""
 READ = "import sys, tagmem; print(bytes(tagmem.open(sys.argv[1]).view[:14]).decode())"
 WRITE = "import sys, tagmem; tagmem.open(sys.argv[1]).view[:14] = b'from the guest'"
 
@@ -50,11 +62,19 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pooled]:
     made = Pooled(tmp_path_factory.mktemp("cxl"))
     made.up()
     try:
-        words = ("--memory", "512M", "--cxl-window", str(made.pool), "--cxl-ports", "1")
+        words = ("--memory", "512M", "--cxl-window", str(made.pool), *FIGURES)
         made.tagmem("vm", "start", "db1", *words, "-o", "json")
         yield made
     finally:
         made.down()
+
+
+def test_the_stock_driver_shows_the_figures_of_the_window(system: Pooled) -> None:
+    """And the guest is told of the way there, which is a node without memory."""
+    table = bytes.fromhex(system.run_in_guest("python3", "-c", TABLE))
+    assert table == performance([system.pool.stat().st_size], 350, 20 << 30)
+    words = ("cat", "/sys/devices/system/node/node0/access0/initiators/read_latency")
+    assert system.run_in_guest(*words) == "100"
 
 
 @pytest.fixture(scope="module")

@@ -177,6 +177,12 @@ def vm(ctx: click.Context, /, run_dir: str | None, host: str | None, **folder: P
 )
 @click.option("--cxl-window", default="", help="A pool's file for dynamic capacity (cxl).")
 @click.option(
+    "--cxl-latency-ns",
+    type=click.IntRange(1, 60_000),
+    help="Of that window's memory, as its device tells it.",
+)
+@click.option("--cxl-bandwidth", type=Size(), help="The same, in a second.  [default: 32G]")
+@click.option(
     "--forward",
     "forwards",
     type=Forward(),
@@ -212,6 +218,7 @@ def start(ctx: click.Context, /, memory: int, output: str | None, **given: Any) 
     """
     latency, bandwidth = given.pop("latency_ns"), given.pop("bandwidth")
     options = {name: given.pop(name) for name in ("overwrite", "specific_purpose")}
+    given |= _window_figures(given.pop("cxl_latency_ns"), given.pop("cxl_bandwidth"))
     if latency is not None:
         options["latency_ns"] = latency
     if bandwidth is not None:
@@ -224,6 +231,16 @@ def start(ctx: click.Context, /, memory: int, output: str | None, **given: Any) 
         )
     memory_from = [{"tag": tag, **options} for tag in tags]
     _show(_one(ctx, "start", memory_bytes=memory, memory_from=memory_from, **given), output)
+
+
+def _window_figures(latency_ns: int | None, bandwidth: int | None) -> dict[str, int]:
+    """As far as they are given. One has no meaning without the other, and latency no default."""
+    if latency_ns is None:
+        if bandwidth is not None:
+            raise click.UsageError("--cxl-bandwidth wants --cxl-latency-ns beside it")
+        return {}
+    figures = {"cxl_latency_ns": latency_ns}
+    return figures | ({} if bandwidth is None else {"cxl_bandwidth_bytes": bandwidth})
 
 
 @vm.command(

@@ -212,7 +212,7 @@ def command_line(
 
 
 def with_cxl(spec: GuestSpec, cxl: CxlSpec) -> GuestSpec:
-    """The guest with CXL host bridges, ports and windows beside what it has."""
+    """The guest with CXL host bridges, ports and windows beside what it has, its figures QEMU's."""
     words = cxl_words(cxl, spec.memory_bytes, spec.memory_bytes_max, spec.memory_slots)
     return replace(
         spec,

@@ -13,6 +13,7 @@ from tagmem.base.errors import InvalidInput
 from tagmem.base.ids import parse_name
 from tagmem.base.units import GIB, MIB, Bytes
 from tagmem.presenter.contract import Value
+from tagmem.wire import cdat
 from tagmem.wire.guest import PORT_NAME
 
 PORTS_MAX = 16
@@ -44,6 +45,7 @@ class MemoryNode(Value, frozen=True):
 
 
 CXL_PORTS_MAX = 8
+CDAT_NAME = "cxl.cdat"
 CXL_UNIT_BYTES = 256 * MIB
 """Of windows, and of the memory of devices in them."""
 CXL_PORT_BYTES = 64 * GIB
@@ -63,6 +65,10 @@ class CxlSpec(Value, frozen=True):
     window: str = ""
     """The file of a device with dynamic capacity (an appliance's pool, by DPA); empty: none."""
     window_bytes: Bytes = 0
+    latency_ns: int = 0
+    """Of the memory behind the window, as the device tells it (CDAT); 0: QEMU's own table."""
+    bandwidth_bytes: Bytes = 0
+    """In a second."""
 
 
 class VmSpec(Value, frozen=True):
@@ -146,6 +152,18 @@ def _check_cxl(spec: VmSpec) -> None:
     if cxl.window and any(node.specific_purpose for node in spec.nodes):
         limit = "without specific-purpose memory, which moves the window"
         raise InvalidInput("cxl.window", limit, cxl.window)
+    if cxl.latency_ns and not cxl.window:
+        raise InvalidInput("cxl.latency_ns", "0 without a window", cxl.latency_ns)
+    files(spec)
+
+
+def files(spec: VmSpec) -> dict[str, bytes]:
+    """What QEMU reads as it starts, by path: the table of the dynamic device's figures."""
+    cxl = spec.cxl
+    if not cxl.latency_ns:
+        return {}
+    table = cdat.performance([cxl.window_bytes], cxl.latency_ns, cxl.bandwidth_bytes)
+    return {f"{spec.directory}/{CDAT_NAME}": table}
 
 
 def _ram_bytes(spec: VmSpec) -> Bytes:
@@ -154,9 +172,15 @@ def _ram_bytes(spec: VmSpec) -> Bytes:
 
 
 def _nodes(spec: VmSpec) -> list[str]:
-    """The memory that lies in files, node by node, and what the HMAT says of each."""
-    if not spec.nodes:
+    """The memory that lies in files, node by node, and what the HMAT says of each. The way to a
+    CXL host bridge is a node without memory (a generic port): what is behind it is the device's to
+    tell.
+    """
+    bridges = _bridges(spec.cxl) if spec.cxl.latency_ns else range(0)
+    if not spec.nodes and not bridges:
         return []
+    first = 1 + max((node.number for node in spec.nodes), default=0)
+    ports = {first + n: bridge for n, bridge in enumerate(bridges)}
     words = ["-numa", f"node,nodeid=0,cpus=0-{spec.cpus - 1},memdev=ram0,initiator=0"]
     for node in spec.nodes:
         backend = f"memory-backend-file,id={node.memory},size={node.size_bytes}"
@@ -166,9 +190,14 @@ def _nodes(spec: VmSpec) -> list[str]:
         if not node.specific_purpose:
             here += f",memdev={node.memory}"
         words += ["-numa", here]
+    for number, bridge in ports.items():
+        words += ["-numa", f"node,nodeid={number}"]
+        port = f"acpi-generic-port,id=tmgp{bridge},pci-bus=tmcxl{bridge},node={number}"
+        words += ["-object", port]
     # In QEMU's order: bandwidth and latency come after all nodes.
     figures = [(0, LOCAL_LATENCY_NS, LOCAL_BANDWIDTH_BYTES)]
     figures += [(n.number, n.latency_ns, n.bandwidth_bytes) for n in spec.nodes]
+    figures += [(number, LOCAL_LATENCY_NS, LOCAL_BANDWIDTH_BYTES) for number in ports]
     for number, latency_ns, bandwidth_bytes in figures:
         pair = f"hmat-lb,initiator=0,target={number},hierarchy=memory"
         words += ["-numa", f"{pair},data-type=access-latency,latency={latency_ns}"]
@@ -179,6 +208,11 @@ def _nodes(spec: VmSpec) -> list[str]:
             words += ["-device", f"sp-mem,id={node.memory}-sp,memdev={node.memory}"]
             words[-1] += f",node={node.number}"
     return words
+
+
+def _bridges(cxl: CxlSpec) -> range:
+    """Their numbers; 0 is that of the window."""
+    return range(0 if cxl.window else 1, cxl.ports + 1)
 
 
 def cxl_options(cxl: CxlSpec) -> tuple[str, ...]:
@@ -192,13 +226,12 @@ def cxl_options(cxl: CxlSpec) -> tuple[str, ...]:
     return ("cxl=on", *windows) if windows else ()
 
 
-def cxl_arguments(cxl: CxlSpec) -> list[str]:
-    """Bridges, ports, and the dynamic device. Bridges of plugged devices have decoders, because
-    a device behind one that passes all through never leaves in QEMU.
+def cxl_arguments(cxl: CxlSpec, table: str = "") -> list[str]:
+    """Bridges, ports, and the dynamic device, its CDAT from the file `table`. Bridges of plugged
+    devices have decoders, because a device behind one that passes all through never leaves in QEMU.
     """
-    numbers = range(0 if cxl.window else 1, cxl.ports + 1)
     line: list[str] = []
-    for number in numbers:
+    for number in _bridges(cxl):
         bridge = f"pxb-cxl,id=tmcxl{number},bus=pcie.0,bus_nr={CXL_BUS + CXL_BUSES * number}"
         slot = CXL_CHASSIS + number
         port = f"cxl-rp,id=tmcp{number},bus=tmcxl{number},port=0,chassis={slot},slot={slot}"
@@ -208,6 +241,7 @@ def cxl_arguments(cxl: CxlSpec) -> list[str]:
         file = f"memory-backend-file,id=tmcw0-m,mem-path={cxl.window},size={cxl.window_bytes}"
         device = f"cxl-type3,id=tmcw0,bus=tmcp0,sn={CXL_SERIAL:#x},volatile-dc-memdev=tmcw0-m"
         line += ["-object", f"{file},share=on,dump=off"]
+        device += f",cdat={table}" if table else ""
         line += ["-device", f"{device},num-dc-regions=1"]
     return line
 
@@ -236,7 +270,8 @@ def argv(spec: VmSpec) -> list[str]:
     """QEMU's command line. Raises InvalidInput."""
     check(spec)
     where = spec.directory
-    machine = "q35,hmat=on" if spec.nodes else "q35,memory-backend=ram0"
+    nodes = _nodes(spec)
+    machine = "q35,hmat=on" if nodes else "q35,memory-backend=ram0"
     machine += ",nvdimm=on" if spec.nvdimm else ""
     own, memory = f"{spec.memory_bytes // MIB}M", f"{_ram_bytes(spec) // MIB}M"
     machine = ",".join([machine, *cxl_options(spec.cxl)])
@@ -246,7 +281,7 @@ def argv(spec: VmSpec) -> list[str]:
         *("-object", f"memory-backend-memfd,id=ram0,size={own},share=on"),
         *("-machine", machine, "-accel", spec.accel, "-cpu", spec.cpu, "-smp", str(spec.cpus)),
         *("-m", f"{memory},slots={spec.memory_slots},maxmem={spec.memory_max_bytes // MIB}M"),
-        *_nodes(spec),
+        *nodes,
         *("-qmp", f"unix:{where}/qmp,server=on,wait=off"),
         *("-serial", f"file:{where}/console.log"),
         *("-device", "virtio-serial-pci,id=agents"),
@@ -262,7 +297,7 @@ def argv(spec: VmSpec) -> list[str]:
         arguments += ["-device", "virtio-net-pci,netdev=net0,romfile="]
     for path, readonly in zip(spec.firmware or (), ("on", "off"), strict=False):
         arguments += ["-drive", f"if=pflash,format=raw,readonly={readonly},file={path}"]
-    arguments += cxl_arguments(spec.cxl)
+    arguments += cxl_arguments(spec.cxl, next(iter(files(spec)), ""))
     words = cxl_words(spec.cxl, _ram_bytes(spec), spec.memory_max_bytes, spec.memory_slots)
     if spec.kernel:
         arguments += ["-kernel", spec.kernel]

@@ -27,7 +27,7 @@ from tagmem.base.units import SECOND, Bytes, Nanoseconds
 from tagmem.presenter import apart, survey
 from tagmem.presenter.channel import Channel
 from tagmem.presenter.contract import Lent, VmFacts, Windows
-from tagmem.presenter.machine import VmSpec, argv
+from tagmem.presenter.machine import VmSpec, argv, files
 
 log = logging.getLogger(__name__)
 
@@ -351,6 +351,8 @@ def _spawn(spec: VmSpec, log_path: str) -> subprocess.Popen[bytes]:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for stale in ("qmp", "agent"):
         (directory / stale).unlink(missing_ok=True)
+    for path, content in files(spec).items():
+        Path(path).write_bytes(content)
     return apart.start(line, log_path, environment=dict(spec.environment), cgroup=spec.cgroup)
 
 

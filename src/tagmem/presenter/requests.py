@@ -24,6 +24,8 @@ from tagmem.presenter.ram import MemoryFrom
 log = logging.getLogger(__name__)
 
 ASK_NS = 10 * SECOND
+CXL_BANDWIDTH_BYTES = 32 * GIB
+"""In a second: eight lanes of PCIe 5, or what `--memory-from` is told as."""
 UNLIMITED = 1 << 60
 
 T = TypeVar("T", bound=Value)
@@ -73,6 +75,9 @@ class Start(Value, frozen=True):
     """CXL root ports, each for a device of one tag."""
     cxl_window: str = ""
     """The file of a pool (media by DPA), to be the memory of a device with dynamic capacity."""
+    cxl_latency_ns: int = 0
+    """What that device tells of itself; 0: what QEMU has it tell."""
+    cxl_bandwidth_bytes: Bytes = CXL_BANDWIDTH_BYTES
     forwards: tuple[tuple[int, int], ...] = ()
     """(port of this machine's loopback, TCP port of the guest)."""
     wait: bool = True
@@ -167,7 +172,7 @@ def _cxl_of(request: Start) -> CxlSpec:
     """As much of the pool's file as windows can show. Raises InvalidInput."""
     path = request.cxl_window
     if not path:
-        return CxlSpec(request.cxl_ports)
+        return CxlSpec(request.cxl_ports, latency_ns=request.cxl_latency_ns)
     try:
         path = os.path.realpath(path)
         size = os.stat(path).st_size
@@ -175,7 +180,10 @@ def _cxl_of(request: Start) -> CxlSpec:
         raise InvalidInput("cxl_window", f"a file ({error.strerror})", path) from None
     if size < CXL_UNIT_BYTES:
         raise InvalidInput("cxl_window", f"of at least {CXL_UNIT_BYTES} bytes", size)
-    return CxlSpec(request.cxl_ports, path, size - size % CXL_UNIT_BYTES)
+    figures = (request.cxl_latency_ns, request.cxl_bandwidth_bytes)
+    if not request.cxl_latency_ns:
+        figures = (0, 0)
+    return CxlSpec(request.cxl_ports, path, size - size % CXL_UNIT_BYTES, *figures)
 
 
 def build_of(request: Start, spec: VmSpec) -> Build | None:

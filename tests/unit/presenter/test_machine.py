@@ -15,8 +15,17 @@ from tagmem.base.errors import InvalidInput, OutcomeUnknown, RemoteError
 from tagmem.base.units import GIB, MIB
 from tagmem.presenter import survey
 from tagmem.presenter.contract import CxlWindow
-from tagmem.presenter.machine import CxlSpec, MemoryNode, VmSpec, argv, cxl_options, cxl_words
+from tagmem.presenter.machine import (
+    CxlSpec,
+    MemoryNode,
+    VmSpec,
+    argv,
+    cxl_options,
+    cxl_words,
+    files,
+)
 from tagmem.presenter.qemu import held_by, started_at
+from tagmem.wire.cdat import performance
 
 ANSWERS: dict[str, Any] = {
     "query-version": {"qemu": {"major": 11, "minor": 1, "micro": 3}},
@@ -170,6 +179,9 @@ NODE = MemoryNode(1, "m1", "t", "/media/tag", 0, 256 * MIB, 100, GIB, specific_p
         (VmSpec("vm", "/run/vm", cxl=CxlSpec(0, "/pool", 0)), "cxl.window_bytes"),
         (VmSpec("vm", "/run/vm", cxl=CxlSpec(0, "/po,ol", GIB)), "path"),
         (VmSpec("vm", "/run/vm", cxl=POOL, nodes=(NODE,)), "cxl.window"),
+        (VmSpec("vm", "/run/vm", cxl=CxlSpec(1, latency_ns=300)), "cxl.latency_ns"),
+        (VmSpec("vm", "/run/vm", cxl=CxlSpec(0, "/pool", GIB, -1, GIB)), "latency_ns"),
+        (VmSpec("vm", "/run/vm", cxl=CxlSpec(0, "/pool", GIB, 300, 1)), "bandwidth_bytes"),
     ],
 )
 def test_cxl_that_cannot_be_is_refused(spec: VmSpec, field: str) -> None:
@@ -239,3 +251,34 @@ def test_what_is_not_one_device_below_one_window_is_left_alone(
 def test_garbage_about_cxl_is_unknown() -> None:
     with pytest.raises(OutcomeUnknown, match="makes no sense"):
         cxl_of(cxl_machine(**{"qom-get /machine cxl-fmw": [{"size": 1}]}))
+
+
+FAST = CxlSpec(1, "/media/pool0", GIB, 350, 20 * GIB)
+
+
+def test_a_window_with_figures_has_its_own_table_and_the_way_to_it_a_node() -> None:
+    spec = VmSpec("vm1", "/run/vm1", memory_bytes=GIB, cxl=FAST)
+    assert files(spec) == {"/run/vm1/cxl.cdat": performance([GIB], 350, 20 * GIB)}
+    text = " ".join(argv(spec))
+    assert "cdat=/run/vm1/cxl.cdat" in text
+    assert "hmat=on" in text
+    assert "memory-backend=ram0" not in text, "node 0 has it"
+    for bridge, node in ((0, 1), (1, 2)):
+        assert f"node,nodeid={node} " in text
+        assert f"acpi-generic-port,id=tmgp{bridge},pci-bus=tmcxl{bridge},node={node}" in text
+        assert f"target={node},hierarchy=memory,data-type=access-latency" in text
+    assert text.rindex("node,nodeid=") < text.index("hmat-lb"), "QEMU's order"
+
+
+def test_the_way_to_a_bridge_is_numbered_after_memory_in_tags() -> None:
+    node = MemoryNode(1, "m1", "t", "/media/tag", 0, 256 * MIB, 100, GIB)
+    text = " ".join(argv(VmSpec("vm1", "/run/vm1", nodes=(node,), cxl=FAST)))
+    assert "pci-bus=tmcxl0,node=2" in text
+    assert text.count("nodeid=1,") == 1
+
+
+def test_without_figures_nothing_is_told() -> None:
+    spec = VmSpec("vm1", "/run/vm1", cxl=POOL)
+    assert files(spec) == {}
+    assert "cdat=" not in " ".join(argv(spec))
+    assert "-numa" not in argv(spec)

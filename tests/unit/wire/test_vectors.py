@@ -15,13 +15,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from tagmem.wire import catalogue, nd_pfn, vhost_user, virtio_pmem, vring
+from tagmem.wire import catalogue, cdat, nd_pfn, vhost_user, virtio_pmem, vring
 from tagmem.wire.cci import Category, CciMessage, MessageType
 from tagmem.wire.commands import COMMANDS, decode_request, decode_response
 from tagmem.wire.layout import STRUCTURES, WireStruct, WrongSize
 from tagmem.wire.mctp import DEVICE_EID, FM_EID, MctpMessage, MctpStream
 
-DECLARING = (catalogue, nd_pfn, vhost_user, virtio_pmem, vring)
+DECLARING = (catalogue, cdat, nd_pfn, vhost_user, virtio_pmem, vring)
 """Modules of structures that no CCI command carries: they are declared once imported."""
 VECTORS = Path(__file__).parents[2] / "vectors"
 FILES = {path.stem: tomllib.loads(path.read_text()) for path in sorted(VECTORS.glob("*.toml"))}
