@@ -157,3 +157,27 @@ def test_the_outer_vm_does_not_give_back_what_the_inner_one_has(
         assert await world.vm.holds([tagged.pieces[0].path]) == ()
 
     world.run(whole())
+
+
+def test_the_host_takes_it_by_force_past_both(world: World, tagged: Tagged) -> None:
+    """An inner host that was killed leaves a VM that keeps the tag, and that nobody asks. The
+    guarantee of the host's presenter does not need them.
+    """
+    shown = world.attach("vhost-pmem", tagged)
+
+    async def left_behind() -> None:
+        inner = await presented(world, tagged, on_the_tag=True)
+        emulator = (await inner.told("started"))["pid"]
+        await world._python("import os, sys; os.kill(int(sys.argv[1]), 9)", [str(inner.pid)])
+        await inner.running
+        refused = await taken(world, shown, REFUSED_NS)
+        assert not refused.done
+        assert [holder.pid for holder in refused.holders] == [emulator], refused
+
+    world.run(left_behind())
+    with world.without_agent():
+        ended = world.detach(shown, force=True)
+    assert (ended.done, ended.rung) == (True, "revoke"), ended
+    assert world.run(world.vm.holds([tagged.pieces[0].path])) == ()
+    assert world.read(tagged, 0, len(PATTERN)) == PATTERN
+    world.run(world.answering())
