@@ -11,6 +11,8 @@ invalidate caches there, and adopt those that were committed before their driver
 While any of this goes on, the kernel is told not to give DAX devices to whatever driver is first:
 that might be kmem, which makes RAM of them.
 
+A device whose dynamic capacity the kernel drives is left to it (`dcdkernel`).
+
 What the host says is checked against the device: ranges that it did not offer are not touched.
 """
 
@@ -29,6 +31,7 @@ from typing import Any, NamedTuple
 
 from tagmem.base.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unsupported
 from tagmem.guest import dcd
+from tagmem.guest.dcdkernel import DcdKernel
 from tagmem.guest.find import Roots, attribute, claimable, driver_of, find
 from tagmem.guest.mmio import Mapped, Registers, perform
 from tagmem.wire.guest import Memory, Told
@@ -300,18 +303,22 @@ class Cxl:
         claim: Callable[[str, str], None],
         mem: str = "/dev/mem",
         region_seconds: float = REGION_SECONDS,
+        kernel: DcdKernel | None = None,
     ) -> None:
         self._roots = roots
         self._claim = claim
         self._mem = mem
         self._region_seconds = region_seconds
+        self._kernel = kernel or DcdKernel(roots.sysfs, write)
         self._lock = threading.Lock()
 
     def features(self) -> tuple[str, ...]:
         """`cxl-static`, `cxl`: what can be asked of this guest."""
-        if os.geteuid() != 0 or not os.path.exists(self._mem):
+        if os.geteuid() != 0:
             return ()
-        return ("cxl-static", *(("cxl",) if self._reserved() else ()))
+        static = os.path.exists(self._mem)
+        dynamic = self._kernel.present() or (static and self._reserved())
+        return (*(("cxl-static",) if static else ()), *(("cxl",) if dynamic else ()))
 
     def _reserved(self) -> bool:
         """Whether the command line marks (part of) a CXL window as specific-purpose memory."""
@@ -330,6 +337,10 @@ class Cxl:
     def take(self, told: Told) -> int:
         """Accept an extent and make a DAX device of it; where that lies in physical memory."""
         with self._lock:
+            if (driven := self._kernel.region(told.serial)) is not None:
+                name, resource = self._kernel.take(driven, told)
+                self._bind(name)
+                return resource
             device = self._open(told, dynamic=True)
             try:
                 part = Range(told.dpa, told.size_bytes)
@@ -345,6 +356,9 @@ class Cxl:
     def give(self, told: Told) -> None:
         """Release an extent, or refuse it. Raises Conflict while a DAX device lies over it."""
         with self._lock:
+            if (driven := self._kernel.region(told.serial)) is not None:
+                self._kernel.give(driven, told)
+                return
             device = self._open(told, dynamic=True)
             try:
                 news = device.news()
@@ -451,6 +465,9 @@ class Cxl:
             folder = os.path.realpath(f"{self._roots.sysfs}/bus/dax/devices/{name}")
             if driver := driver_of(folder):
                 write(f"{self._roots.sysfs}/bus/dax/drivers/{driver}/unbind", name)
+            if "/hmem" not in folder:
+                self._kernel.drop(folder)
+                return
             write(f"{folder}/size", "0")
             write(f"{os.path.dirname(folder)}/dax_region/delete", name)
 

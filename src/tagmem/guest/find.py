@@ -188,7 +188,7 @@ def _dax_device(
         return None
     kind, serial, address = _origin(roots, folder)
     tag = _tag(attribute(folder, "uuid"))
-    if tag and kind == "cxl":
+    if kind == "cxl" and (tag or is_dynamic(os.path.dirname(folder))):
         kind = "cxl-dcd"
     if not tag and "/ndbus" in folder:
         tag = _tag(attribute(os.path.dirname(folder), "uuid"))
@@ -204,6 +204,11 @@ def _dax_device(
         slots.get(address.partition(".")[0], "") if address else "",
         serial,
     )
+
+
+def is_dynamic(dax_region: str) -> bool:
+    """Whether a kernel with dynamic capacity support shows extents in this DAX region."""
+    return any(name.startswith("extent") for name in _names(dax_region))
 
 
 def _origin(roots: Roots, folder: str) -> tuple[str, str, str]:
@@ -256,6 +261,8 @@ def _as_told(memory: Memory, told: tuple[Told, ...], roots: Roots) -> Memory:
 
 def _fits(memory: Memory, entry: Told, roots: Roots) -> bool:
     """Whether everything that was told of a device is so; nothing told fits nothing."""
+    if entry.kind == "cxl" and not entry.resource:
+        return False  # The serial is that of a whole window: any extent in it would fit.
     index = 0
     if entry.acpi_index and memory.address:
         folder = f"{roots.sysfs}/bus/pci/devices/{memory.address}"
