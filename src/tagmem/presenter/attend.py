@@ -45,6 +45,7 @@ class Attendant:
         """Boot and agent that greeted last."""
         self._leaving: guest.Leaving | None = None
         self._came_anew = False
+        self._greetings = 0
         self._task: asyncio.Task[None] | None = None
         channel.said = self._heard
 
@@ -54,13 +55,30 @@ class Attendant:
         if self._task is not None:
             self._task.cancel()
 
+    async def attend(self, attaching: Awaitable[Presentation]) -> Presentation:
+        """Attach and keep. An agent that came while that went on did not hear the question, and
+        there was nothing on record to tell it of: it is asked once more. Raises as `attaching`.
+        """
+        before = self._greetings
+        shown = await attaching
+        await self._keep(shown)
+        if not shown.guest_path and self._greetings != before:
+            self._came_anew = True
+            self._begin()
+        return shown
+
     def _heard(self, answer: guest.Answer) -> None:
         if isinstance(answer, guest.Leaving):
             self._leaving = answer
         elif isinstance(answer, guest.Hello) and (answer.boot_id, answer.instance) != self._who:
-            self._who, self._came_anew = (answer.boot_id, answer.instance), True
+            self._who = (answer.boot_id, answer.instance)
+            self._greetings += 1
+            self._came_anew = True
         else:
             return
+        self._begin()
+
+    def _begin(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._attend())
 

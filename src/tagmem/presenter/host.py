@@ -225,7 +225,7 @@ class Hypervisor:
                 continue
             await self._hide(name, shown.tagged.tag)
             await self._show(msgspec.structs.replace(shown, state="attaching"))
-            await self._show(await way.attach(Request(shown.tagged), vm))
+            await self._present(self._entry(name), way.attach(Request(shown.tagged), vm))
 
     async def close(self) -> None:
         """See `ports.Hypervisors`."""
@@ -446,14 +446,21 @@ class Hypervisor:
         name = way.describe().name
         await self._show(Presentation(wanted.tagged, vm.name, name, device_id(tag), "attaching"))
         try:
-            shown = await way.attach(wanted, vm)
+            shown = await self._present(entry, way.attach(wanted, vm))
         except OutcomeUnknown:
             raise  # Something of it may be there: it stays on record, and a detach clears it.
         except TagmemError:
             await self._hide(vm.name, tag)
             raise
-        await self._show(shown)
         return shown, choice.why
+
+    async def _present(self, entry: _Entry, shown: Awaitable[Presentation]) -> Presentation:
+        """Put on record what an attach has made."""
+        if entry.attendant is not None:
+            return await entry.attendant.attend(shown)
+        made = await shown
+        await self._show(made)
+        return made
 
     def _brief(self, shown: Presentation) -> dict[str, Any]:
         promised = self._ways[shown.presenter].describe().guaranteed
@@ -497,14 +504,9 @@ class Hypervisor:
             shown, request.deadline_ns, force=request.force, may_stop_vm=request.may_stop_vm
         )
         if not ended.done:
-            further = [
-                "" if request.force else "--force goes on where it can",
-                "" if request.may_stop_vm else "--stop-vm ends the VM",
-            ]
-            words = [f"tag {tag} stays in VM {request.name}: {ended.reason}"]
-            if any(further):
-                words.append(", ".join(filter(None, further)))
-            raise Conflict("; ".join(words))
+            hint = "" if request.force else "; --force goes on where it can"
+            hint += "" if request.may_stop_vm else "; --stop-vm ends the VM"
+            raise Conflict(f"tag {tag} stays in VM {request.name}: {ended.reason}{hint}")
         told: dict[str, Any] = msgspec.to_builtins(ended)
         return told | {"tag": tag, "name": request.name}
 

@@ -112,6 +112,45 @@ def test_after_a_reboot_it_is_told_again_and_its_new_name_kept() -> None:
     asyncio.run(whole())
 
 
+def test_an_agent_that_comes_while_a_tag_is_attached_is_told_of_it_afterwards() -> None:
+    """It did not hear the question, and the tag was not on record yet as one to ask for."""
+
+    async def whole() -> None:
+        host = Host()
+        channel = Guest(lambda _: guest.Attached(1, memory(ONE, "/dev/dax7.0")))
+        attendant = host.attend(channel)
+        nameless = msgspec.structs.replace(shown(ONE), guest_path="")
+
+        async def attaching() -> Presentation:
+            host.there[ONE] = msgspec.structs.replace(nameless, state="attaching")
+            channel.said(hello("boot-1"))
+            await _settle(attendant)
+            return nameless
+
+        await attendant.attend(attaching())
+        await _settle(attendant)
+        assert len(channel.asked) == 1
+        assert host.there[ONE].guest_path == "/dev/dax7.0"
+
+    asyncio.run(whole())
+
+
+def test_a_silent_guest_is_not_asked_again() -> None:
+    async def whole() -> None:
+        host = Host()
+        channel = Guest(lambda _: guest.Done(0))
+        attendant = host.attend(channel)
+
+        async def attaching() -> Presentation:
+            return msgspec.structs.replace(shown(ONE), guest_path="")
+
+        await attendant.attend(attaching())
+        assert attendant._task is None
+        assert host.there[ONE].guest_path == ""
+
+    asyncio.run(whole())
+
+
 def test_one_that_is_closed_listens_no_more() -> None:
     async def whole() -> None:
         host = Host(shown(ONE))
