@@ -121,14 +121,35 @@ def test_a_holder_of_an_extent_is_named_and_then_made_to_let_go(pod: World) -> N
     given_back(pod, shown, force=True)
 
 
-def test_a_guest_that_does_not_answer_keeps_its_extent(pod: World) -> None:
-    shown = pod.attach("cxl", pod.extent(SIZE))
+@pytest.mark.parametrize("way", ["cxl", "cxl-static"])
+def test_a_guest_that_is_silent_or_paused_keeps_what_it_has(pod: World, way: str) -> None:
+    dynamic = way == "cxl"
+    shown = pod.attach(way, pod.extent(SIZE) if dynamic else pod.make(DEVICE_BYTES))
+    pod.poke(shown, 0, b"still there")
+    pod.run(pod.vm.pause())
+    paused = pod.detach(shown, seconds=1, force=True)
+    assert not paused.done
+    assert "paused" in paused.reason
+    pod.run(pod.vm.resume())
+    assert pod.peek(shown, 0, 11) == b"still there"
     pod.run(pod.silence(6))
-    kept = pod.detach(shown, seconds=2, force=True)
-    assert not kept.done
-    assert "by force" in kept.reason
-    pod.run(pod.answering())
-    given_back(pod, shown)
+    silent = pod.detach(shown, seconds=2, force=True)
+    assert not silent.done
+    assert not dynamic or "by force" in silent.reason
+    pod.run(pod.answering())  # And does then what it was asked.
+    (given_back if dynamic else leave_device)(pod, shown)
+
+
+def test_no_port_is_left(pod: World) -> None:
+    taken = [pod.attach("cxl-static", pod.make(DEVICE_BYTES)) for _ in range(PORTS)]
+    tagged = pod.make(DEVICE_BYTES)
+    before = pod.run(pod.vm.facts()).devices
+    with pytest.raises(Unsupported, match="port"):
+        pod.attach("cxl-static", tagged)
+    assert pod.run(pod.vm.facts()).devices == before
+    assert not pod.run(pod.vm.holds([tagged.pieces[0].path]))
+    for one in taken:
+        leave_device(pod, one)
 
 
 def test_addresses_that_may_be_taken_are_not_used_again(pod: World) -> None:
@@ -232,12 +253,24 @@ def test_a_port_is_used_again_and_a_holder_is_named(pod: World) -> None:
     assert "only when its guest lets it" in forced.reason, forced
 
 
-def test_the_last_rung_gives_all_back(pod: World) -> None:
-    """Last: the VM ends."""
+def test_the_last_rung_gives_all_back(pod: World, older: World) -> None:
+    """Last: the VM ends, and another one reads none of what was written in it."""
     static = pod.attach("cxl-static", pod.make(DEVICE_BYTES))
     dynamic = pod.attach("cxl", pod.extent(SIZE))
+    pod.poke(static, 0, b"secret of the first")
+    pod.run(pod.panic())
+    for one in (static, dynamic):
+        assert not pod.detach(one, seconds=2, force=True).done
+    assert pod.run(pod.vm.holds([static.tagged.pieces[0].path]))
     ended = pod.detach(dynamic, seconds=3, may_stop_vm=True)
     assert ended.done
     assert ended.rung == "stop-vm"
     assert pod.detach(static).done
     assert pod.vm.gone
+    assert pod.read(static.tagged, 0, 6) == b"secret"
+    seen = pod.witness(static.tagged)
+    pod.sanitise(static.tagged)
+    assert seen.stat().st_size == 0
+    there = older.attach("cxl-static", pod.make(DEVICE_BYTES))
+    assert older.peek(there, 0, 32) == bytes(32)
+    leave_device(older, there)

@@ -112,6 +112,21 @@ class System:
         return str((made[0] if isinstance(made, list) else made)["tag"])
 
 
+def silence(system: System) -> None:
+    """The guest's agent answers nobody for some seconds, and has begun not to."""
+    system.run_in_guest("python3", "-c", SILENCE, "10")
+    words = [*TAGMEM, "vm", "exec", "db1", "--", "true"]
+
+    def silent() -> bool:
+        try:
+            subprocess.run(words, env=system.environment, timeout=2)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    wait_until(silent, "the guest's agent is silent")
+
+
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     made = System(tmp_path_factory.mktemp("vms"))
@@ -178,7 +193,7 @@ def test_an_agent_that_is_killed_finds_its_vm_again(system: System) -> None:
     pid = system.run_in_guest("python3", "-c", HOLD, path, str(SIZE), "90")
     refused = system.tagmem("vm", "detach", "db1", tag, "--timeout", "3", code=4)
     assert f"process {pid}" in refused
-    system.run_in_guest("python3", "-c", SILENCE, "4")
+    silence(system)
     taken = system.tagmem("vm", "detach", "db1", tag, "--timeout", "2", "--force", "-o", "json")
     assert taken["rung"] == "revoke"
     system.tagmem("capacity", "release", tag, "-o", "json")

@@ -287,21 +287,35 @@ def test_what_is_ram_to_the_guest_is_refused_unless_it_may_be_wiped(world: World
     empty = world.make(RAM_SIZE, loaded=False)
     shown = world.attach(way, empty)
     assert shown.warning
+    world.run(world.vm.pause())
+    kept = world.detach(shown, seconds=2, force=True)
+    assert not kept.done
+    assert "paused" in kept.reason
+    assert world.run(world.vm.holds([empty.pieces[0].path]))
+    world.run(world.vm.resume())
     gone = world.detach(shown, seconds=20)
     held = world.run(world.vm.holds([empty.pieces[0].path]))
     assert gone.done is not bool(held), gone
     assert gone.done or gone.reason
 
 
-def test_after_another_host_wiped_it_the_next_guest_reads_zero(world: World, older: World) -> None:
+@pytest.mark.parametrize("way", LEAVING)
+def test_wiped_in_between_the_next_vm_reads_zero(world: World, older: World, way: str) -> None:
+    """What the first could reach is cut to nothing; the next tag has a file of its own."""
     tagged = world.make(SIZE)
-    shown = world.attach("vhost-pmem", tagged)
+    shown = world.attach(way, tagged)
     world.poke(shown, 0, b"secret of the first")
+    seen = world.witness(tagged)
+    assert b"secret of the first" in seen.read_bytes()
     leave(world, shown)
-    again = older.make(SIZE)
-    there = older.attach("pmem", again)
+    assert seen.stat().st_size == 0
+    again = world.make(SIZE)
+    there = older.attach("ivshmem" if way == "ivshmem" else "pmem", again)
     assert older.peek(there, 0, 32) == bytes(32)
-    leave(older, there)
+    older.poke(there, 0, b"of the second")
+    assert world.read(again, 0, 13) == b"of the second"
+    assert seen.stat().st_size == 0
+    leave(older, there, wipe=False)
 
 
 def test_an_older_qemu_says_what_is_missing(older: World) -> None:
@@ -315,6 +329,25 @@ def test_an_older_qemu_says_what_is_missing(older: World) -> None:
     shown = older.attach("pmem", tagged)
     assert "stopping the VM" in shown.warning
     leave(older, shown)
+
+
+def test_no_force_takes_an_nvdimm_and_a_reboot_leaves_it(older: World) -> None:
+    shown = older.attach("nvdimm", older.make(SIZE))
+    older.poke(shown, 0, b"before the reboot")
+    path = shown.tagged.pieces[0].path
+    older.hold(shown)
+    for force in (False, True):
+        assert not older.detach(shown, seconds=3, force=force).done
+    older.run(older.silence(6))
+    assert not older.detach(shown, seconds=1, force=True).done
+    older.run(older.answering())
+    older.run(older.vm.pause())
+    assert not older.detach(shown, seconds=1, force=True).done
+    older.run(older.vm.resume())
+    older.run(older.reboot())
+    assert older.run(older.find(shown)) is not None
+    assert older.peek(shown, 0, 17) == b"before the reboot"
+    assert older.run(older.vm.holds([path]))
 
 
 def test_an_nvdimm_stays_until_the_vm_ends(older: World) -> None:
@@ -339,16 +372,20 @@ def test_an_nvdimm_stays_until_the_vm_ends(older: World) -> None:
 def test_by_force_from_a_panicked_guest_and_from_a_killed_qemu(world: World) -> None:
     """Last: the guest does not live through it."""
     guaranteed = world.attach("vhost-pmem", world.make(SIZE))
-    eject = world.attach("pmem", world.make(SIZE))
+    left = [world.attach(way, world.make(SIZE)) for way in LEAVING]
     world.run(world.panic())
     taken = world.detach(guaranteed, seconds=1, force=True)
     assert taken.done, taken
     assert taken.rung == "revoke"
     assert not world.run(world.vm.holds([guaranteed.tagged.pieces[0].path]))
-    kept = world.detach(eject, seconds=1, force=True)
-    assert not kept.done
-    assert world.run(world.vm.holds([eject.tagged.pieces[0].path]))
+    for one in left:
+        if WAYS[one.presenter].describe().guaranteed:
+            continue
+        kept = world.detach(one, seconds=1, force=True)
+        assert not kept.done
+        assert world.run(world.vm.holds([one.tagged.pieces[0].path]))
     world.run(world.guest.kill())
-    gone = world.detach(eject, seconds=1)
-    assert gone.done
-    assert gone.reason == "QEMU has ended"
+    for one in left:
+        gone = world.detach(one, seconds=1)
+        assert gone.done
+        assert gone.reason == "QEMU has ended"

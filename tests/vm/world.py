@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from tagmem.appliance.media import ByTagMedia
-from tagmem.base.errors import OutcomeUnknown
+from tagmem.base.errors import InvalidInput, OutcomeUnknown
 from tagmem.base.units import MIB, SECOND, Bytes
 from tagmem.io import stream
 from tagmem.lab.boot import Guest, Lab
@@ -58,8 +58,12 @@ memory[at:at + len(data)] = data
 
 
 def header(tag: str, size: Bytes) -> tuple[Bytes, bytes]:
-    """As the appliance leaves it in front of a tag."""
-    return DATA_AT - HEADER_AT, dax_header(tag, DATA_AT + size)
+    """As the appliance leaves it in front of a tag: nothing where no DAX device could be made."""
+    try:
+        content = dax_header(tag, DATA_AT + size)
+    except InvalidInput:
+        content = b""
+    return DATA_AT - HEADER_AT, content
 
 
 class LateSockets:
@@ -170,6 +174,12 @@ class World:
         if at is None:
             at = self._next_dpa = self._next_dpa + 32 * MIB
         return Tagged(str(uuid4()), size, (Piece(str(self.pool), at, size),))
+
+    def witness(self, tagged: Tagged) -> Path:
+        """A second name of the bytes, by which to see what becomes of them."""
+        path = self.folder / f"{tagged.tag}.seen"
+        os.link(tagged.pieces[0].path, path)
+        return path
 
     def sanitise(self, tagged: Tagged) -> int:
         """Wipe it as the appliance does; bytes that were read back as zero."""
