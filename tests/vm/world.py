@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ T = TypeVar("T")
 Spec = GuestSpec | Callable[[Path], GuestSpec]
 """A guest, or what it is once its folder is known."""
 
+FAILED: list[str] = []
+"""What has failed in this session: a guest's logs are kept where something did in its time."""
 HEAD_BYTES = 2 * MIB
 WAYS = all_presenters()
 STAYING = frozenset(
@@ -141,8 +144,11 @@ class World:
         if self.broker is not None:
             self.broker.close()
 
-    def clear(self) -> None:
-        self.guest.remove_logs()
+    def clear(self, *, keep_logs: bool) -> None:
+        if keep_logs:
+            sys.stderr.write(f"guest {self.guest.spec.name}: {self.guest.where()}\n")
+        else:
+            self.guest.remove_logs()
         self.media.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -331,9 +337,10 @@ class World:
 def booted(spec: Spec) -> Iterator[World]:
     with asyncio.Runner() as runner:
         world = World(runner, spec)
+        failed_before = len(FAILED)
         try:
             runner.run(world.boot())
             yield world
         finally:
             runner.run(world.end())
-            world.clear()
+            world.clear(keep_logs=len(FAILED) > failed_before)
