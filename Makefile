@@ -29,12 +29,12 @@ static: setup
 	$(BIN)/mypy $(TYPED)
 
 check: static ## format, lint, types, import contracts, tidy and the fast tests; under a minute
-	$(PYTEST) -q -n $(JOBS) --dist loadgroup $(FAST)
+	$(PYTEST) -q -n $(JOBS) $(FAST)
 
 test-fast: check ## the same as check: no guests
 
 test: static ## everything: check, simulator, real processes, the demo, documents, real guests
-	$(PYTEST) -n $(JOBS) --dist loadgroup tests
+	$(PYTEST) -n $(JOBS) tests
 
 test-vm: setup ## only real guests, on both QEMUs (200 MB of Debian packages are brought once)
 	$(PYTEST) tests/vm

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,11 +37,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rewrite", action="store_true", help="write scenario transcripts anew")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        parts = item.path.relative_to(ROOT).parts
-        if len(parts) > 2 and parts[1] in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group("/".join(parts)))
+class Together(LoadScopeScheduling):
+    """Spreads single tests over the workers, and whole modules where those belong together.
+
+    xdist's own groups are marks that it writes into a test's name, which pytest 9.2 ignores.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        parts = module.split("/")
+        return module if len(parts) > 2 and parts[1] in TOGETHER else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")
