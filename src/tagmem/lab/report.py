@@ -108,6 +108,19 @@ def label(row: Row) -> str:
 # ---- the page
 
 
+_IN_SHORT = ("attach", "detach", "bandwidth", "dax", "tag", "guaranteed", "forms")
+
+
+def in_short(comparison: Comparison) -> str:
+    """The table of the README: each option once, on the newest QEMU that it was run on."""
+    newest: dict[str, Row] = {}
+    for row in comparison.rows:
+        if row.option not in newest or row.qemu > newest[row.option].qemu:
+            newest[row.option] = row
+    headings = [heading for heading in HEADINGS if heading.key in _IN_SHORT]
+    return _table(list(newest.values()), headings)
+
+
 def page(comparison: Comparison) -> str:
     """docs/comparison.md."""
     parts = [
