@@ -342,23 +342,23 @@ class HostService:
             self.engine.post(r.SurfaceFailed(effect.tag, effect.ticket, reason))
 
     def _check(self, effect: r.CheckHolders) -> None:
-        """Without a path to the bytes the appliance lends their descriptor for the proof."""
-        if self._devices.descriptor(effect.tag) < 0 and not self._devices.identities(effect.tag):
-            self.engine.post(self._guests_proof(effect))
-            return
+        """Without a path to the bytes the appliance lends their descriptor for the proof.
+
+        To know of no bytes proves nothing: an agent that was restarted after it took the device
+        away has to be told again where they are.
+        """
+        tag = effect.tag
+        known = self._devices.descriptor(tag) >= 0 or self._source_path(effect.appliance, tag)
         connection = self.connections.get(effect.appliance)
-        if (
-            self._devices.descriptor(effect.tag) >= 0
-            or self._source_path(effect.appliance, effect.tag)
-            or connection is None
-            or not connection.ask_media(effect.tag)
-        ):
-            if self._prover.alone(self._target(effect)):
-                self.engine.post(r.HoldersChecked(effect.tag, effect.ticket, (), True, ""))
-            else:
-                self._proof_worker.order(effect)
-            return
-        self._checking[effect.tag] = effect
+        if not known and connection is not None and connection.ask_media(tag):
+            self._checking[tag] = effect
+        elif not known and not self._devices.identities(tag):
+            why = f"appliance {effect.appliance} is not connected, and knows where the bytes are"
+            self.engine.post(r.HoldersChecked(tag, effect.ticket, (), False, why))
+        elif self._prover.alone(self._target(effect)):
+            self.engine.post(r.HoldersChecked(tag, effect.ticket, (), True, ""))
+        else:
+            self._proof_worker.order(effect)
 
     def _guests_proof(self, order: r.CheckHolders) -> r.HoldersChecked:
         """Of a tag without a file of its own, as part of a pool is: programs of this host cannot
@@ -374,7 +374,11 @@ class HostService:
         """The appliance has said where the bytes of a tag are, or that it does not say."""
         check = self._checking.pop(answer.tag, None)
         if check is not None:
-            self._proof_worker.order(_Lent(0, check, descriptor))
+            if answer.media is not None and answer.media.layout is MediaLayout.BY_DPA:
+                close_quietly(descriptor)
+                self.engine.post(self._guests_proof(check))
+            else:
+                self._proof_worker.order(_Lent(0, check, descriptor))
             return
         effect = self._surfacing.pop(answer.tag, None)
         if effect is None or answer.media is None:
