@@ -152,6 +152,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _stream(self, after: int) -> None:
         api = self.server.api
+        # What is asked for while a stream that ends is being read is for the next one.
+        due = len(api.steps)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
@@ -159,7 +161,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b": hello\n\n")
         for event in [e for e in api.events if e.id > after]:
             self._send(event)
-        while api.steps:
+        while api.steps and (due > 0 or not api.stream_ends):
+            due -= 1
             change, event = api.steps.pop(0)
             change()
             api.events.append(event)
