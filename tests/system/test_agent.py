@@ -345,9 +345,11 @@ def test_a_read_only_sharer_sees_the_same_bytes_and_cannot_write(
         other.close()
 
 
+@pytest.mark.parametrize("killed", [False, True])
 def test_bytes_come_as_a_descriptor_where_no_directory_is_shared(
-    root: Path, appliance: Appliance, fm: Client
+    root: Path, appliance: Appliance, killed: bool
 ) -> None:
+    fm = appliance.client("fm")
     agent = Agent(root, linked=False)
     agent.start()
     try:
@@ -360,6 +362,19 @@ def test_bytes_come_as_a_descriptor_where_no_directory_is_shared(
             while not seen.holders:
                 seen = agent.orchestrator.hears("releasing")
             assert [holder.how for holder in seen.holders] == ["open"]
+            if killed:
+                # Without its appliance an agent that has forgotten cannot know where bytes are.
+                agent.kill()
+                appliance.kill()
+                agent.start()
+                seen = agent.orchestrator.hears("releasing")
+                while "not connected" not in seen.reason:
+                    seen = agent.orchestrator.hears("releasing")
+                appliance.start()
+                fm = appliance.client("fm")
+                while not seen.holders:
+                    seen = agent.orchestrator.hears("releasing")
+                assert [holder.how for holder in seen.holders] == ["open"]
         assert agent.orchestrator.hears("released").proved
         given_back(fm)
     finally:

@@ -56,6 +56,8 @@ MakeHypervisors = Callable[
 """Made when the engine runs: given how to keep a document, how to look up a tag, and how to ask
 other hosts.
 """
+_NEVER_HERE = (ReturnCode.INVALID_INPUT, ReturnCode.UNSUPPORTED)
+"""Said of a tag that this host has not accepted, and by appliances that never show bytes."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -352,13 +354,26 @@ class HostService:
         connection = self.connections.get(effect.appliance)
         if not known and connection is not None and connection.ask_media(tag):
             self._checking[tag] = effect
-        elif not known and not self._devices.identities(tag):
+        elif not (known or self._devices.identities(tag) or isinstance(self._devices, KernelDax)):
             why = f"appliance {effect.appliance} is not connected, and knows where the bytes are"
             self.engine.post(r.HoldersChecked(tag, effect.ticket, (), False, why))
         elif self._prover.alone(self._target(effect)):
             self.engine.post(r.HoldersChecked(tag, effect.ticket, (), True, ""))
         else:
             self._proof_worker.order(effect)
+
+    def _prove_as_told(self, check: r.CheckHolders, answer: MediaAnswer, descriptor: int) -> None:
+        """Prove it with what the appliance said of the tag's bytes."""
+        if answer.media is not None and answer.media.layout is MediaLayout.BY_DPA:
+            close_quietly(descriptor)
+            self.engine.post(self._guests_proof(check))
+        elif answer.media is None and answer.code not in _NEVER_HERE:
+            close_quietly(descriptor)
+            why = f"appliance {check.appliance} does not say where its bytes are: "
+            why += return_code_name(answer.code)
+            self.engine.post(r.HoldersChecked(check.tag, check.ticket, (), False, why))
+        else:
+            self._proof_worker.order(_Lent(0, check, descriptor))
 
     def _guests_proof(self, order: r.CheckHolders) -> r.HoldersChecked:
         """Of a tag without a file of its own, as part of a pool is: programs of this host cannot
@@ -374,11 +389,7 @@ class HostService:
         """The appliance has said where the bytes of a tag are, or that it does not say."""
         check = self._checking.pop(answer.tag, None)
         if check is not None:
-            if answer.media is not None and answer.media.layout is MediaLayout.BY_DPA:
-                close_quietly(descriptor)
-                self.engine.post(self._guests_proof(check))
-            else:
-                self._proof_worker.order(_Lent(0, check, descriptor))
+            self._prove_as_told(check, answer, descriptor)
             return
         effect = self._surfacing.pop(answer.tag, None)
         if effect is None or answer.media is None:

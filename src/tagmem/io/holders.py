@@ -95,7 +95,11 @@ class Prover:
 
     @staticmethod
     def _identities_of(target: Target) -> frozenset[Identity]:
-        return frozenset(target.identities) | _identities(target.paths)
+        found = frozenset(target.identities) | _identities(target.paths)
+        if target.descriptor < 0:
+            return found
+        status = os.fstat(target.descriptor)
+        return found | {(status.st_dev, status.st_ino)}
 
     def check(self, targets: Sequence[Target]) -> dict[str, Proof]:
         """Each tag's proof, or its holders."""
