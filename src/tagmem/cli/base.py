@@ -46,30 +46,8 @@ EXIT_CODES = (
 )
 
 
-class Command(click.Command):
-    """A command whose help ends with an example, and whose errors are one line and an exit code."""
-
-    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.example = example
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The example, then whatever else there is to say."""
-        _write_example(self.example, formatter)
-        super().format_epilog(ctx, formatter)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run it. Errors of ours end here."""
-        try:
-            return super().invoke(ctx)
-        except TagmemError as error:
-            report(ctx, error)
-
-
-class Group(click.Group):
-    """A noun. Mistyped verbs get a suggestion."""
-
-    command_class = Command
+class _Taught(click.Command):
+    """Help that ends with an example; errors that are one line and an exit code."""
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,6 +64,16 @@ class Group(click.Group):
             return super().invoke(ctx)
         except TagmemError as error:
             report(ctx, error)
+
+
+class Command(_Taught):
+    """A verb."""
+
+
+class Group(_Taught, click.Group):
+    """A noun. Mistyped verbs get a suggestion."""
+
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """As they were added: in the order in which a newcomer meets them."""
@@ -348,6 +336,6 @@ _HINTS = {
     "not_enough_free_capacity": "see `tagmem explain SIZE --host NAME`",
     "no_contiguous_capacity": "--scatter allows several extents",
     "tag_exists_with_other_parameters": "see `tagmem capacity show TAG`",
-    "tag_is_still_held": "see `tagmem capacity show TAG`",
+    "tag_is_still_held": "see the holders in `tagmem capacity show TAG`, or raise --up-to",
     "workload_is_running": "`tagmem stop TAG` ends it",
 }

@@ -4,6 +4,7 @@ daemons themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,16 @@ required_config = click.option(
 )
 
 
+def _be(ctx: click.Context, config: Path | None, daemon: Callable[[Path], None], what: str) -> None:
+    """A noun with --config and no verb is the daemon itself."""
+    if ctx.invoked_subcommand is None:
+        if config is None:
+            raise click.UsageError(f"--config FILE starts {what}; else name a command", ctx)
+        daemon(config)
+    elif config is not None:
+        raise click.UsageError(f"--config belongs to `{ctx.command_path} run`", ctx)
+
+
 # ---- hosts
 
 
@@ -53,12 +64,7 @@ required_config = click.option(
 @click.pass_context
 def host(ctx: click.Context, config: Path | None) -> None:
     """List and show hosts; with --config, be a host's agent."""
-    if ctx.invoked_subcommand is None:
-        if config is None:
-            raise click.UsageError("--config FILE starts the agent; else name a command", ctx)
-        run_host(config)
-    elif config is not None:
-        raise click.UsageError(f"--config belongs to `{ctx.command_path} run`", ctx)
+    _be(ctx, config, run_host, "the agent")
 
 
 @host.command("run", example="tagmem host run --config host.toml")
@@ -152,12 +158,7 @@ def _link(text: str) -> tuple[str, int]:
 @click.pass_context
 def appliance(ctx: click.Context, config: Path | None) -> None:
     """List and show appliances with their extent maps; with --config, be one (emulated)."""
-    if ctx.invoked_subcommand is None:
-        if config is None:
-            raise click.UsageError("--config FILE starts the appliance; else name a command", ctx)
-        run_appliance(config)
-    elif config is not None:
-        raise click.UsageError(f"--config belongs to `{ctx.command_path} run`", ctx)
+    _be(ctx, config, run_appliance, "the appliance")
 
 
 @appliance.command("run", example="tagmem appliance run --config appliance.toml")

@@ -113,21 +113,24 @@ async def one_option(bench: Bench, way: Presenter, columns: Sequence[str], repor
     return trial
 
 
-async def panicked(bench: Bench, trials: Sequence[Trial], report: Report) -> None:
-    """Last: all that could be attached together, then the guest's kernel panics."""
-    # While a vhost-user device is there, QEMU plugs in no other memory: those come first.
-    ordered = sorted(trials, key=lambda trial: trial.way.describe().guaranteed)
-    tried = [trial for trial in ordered if trial.cells.get("attach", Cell("")).text != "impossible"]
-    for trial in tried:
+async def panicked(bench: Bench, trials: Sequence[Trial], report: Report) -> list[Trial]:
+    """Last: what could be attached together, then the guest's kernel panics. Those that are left
+    need another guest: QEMU can tell its back-ends of few memory regions (8).
+    """
+    standing: list[Trial] = []
+    left: list[Trial] = []
+    for trial in trials:
         trial.bench = bench
         try:
             trial.standing = await trial.present()
+            standing.append(trial)
         except TagmemError as error:
             trial.cells |= _unanswered(("panicked",), f"before the panic: {error}")
+            left.append(trial)
     await bench.panic()
-    for trial in tried:
-        if trial.standing is not None:
-            await ask(trial, ("panicked",), ex.ask_panicked, report)
+    for trial in standing:
+        await ask(trial, ("panicked",), ex.ask_panicked, report)
+    return left if standing else []
 
 
 def spec(name: str) -> GuestSpec:
@@ -158,22 +161,22 @@ async def on_qemu(
     try:
         for option in sorted(ways, key=_place):
             if bench is None or bench.vm.gone:
-                if bench is not None:
-                    await bench.end()
-                    for trial in trials:
-                        trial.left, trial.standing = [], None
-                bench = Bench(lab, spec(name), cxl_ports=CXL_PORTS)
-                kernel = (await bench.boot()).kernel
-                await bench.python(programs.ONLINE, "online_movable")
+                bench, kernel = await _anew(lab, name, bench, trials)
                 report(f"QEMU {name}: guest booted under {bench.guest.accel.upper()}")
             trials.append(await one_option(bench, ways[option], columns, report))
             keep([_row(trial, kernel) for trial in trials])
-        if bench is not None and not bench.vm.gone and (not columns or "panicked" in columns):
+        # While a window is there, QEMU plugs in little other memory: windows come last.
+        left = sorted(trials, key=lambda trial: trial.way.describe().guaranteed)
+        left = [t for t in left if t.cells.get("attach", Cell("")).text != "impossible"]
+        while left and (not columns or "panicked" in columns):
+            if bench is None or bench.vm.gone or "Kernel panic" in bench.guest.console():
+                bench, kernel = await _anew(lab, name, bench, trials)
             try:
-                await panicked(bench, trials, report)
+                left = await panicked(bench, left, report)
             except TagmemError as error:
-                for trial in trials:
+                for trial in left:
                     trial.cells |= _unanswered(("panicked",), str(error))
+                left = []
     finally:
         if bench is not None:
             await bench.end()
@@ -181,6 +184,20 @@ async def on_qemu(
         if not columns and trial.cells.get("attach", Cell("")).text != "impossible":
             trial.cells |= ex.conclude(trial.cells)
     keep([_row(trial, kernel) for trial in trials])
+
+
+async def _anew(
+    lab: Lab, name: str, before: Bench | None, trials: Sequence[Trial]
+) -> tuple[Bench, str]:
+    """A guest to go on with, the one before it ended; its kernel."""
+    if before is not None:
+        await before.end()
+        for trial in trials:
+            trial.left, trial.standing = [], None
+    bench = Bench(lab, spec(name), cxl_ports=CXL_PORTS)
+    kernel = (await bench.boot()).kernel
+    await bench.python(programs.ONLINE, "online_movable")
+    return bench, kernel
 
 
 def _row(trial: Trial, kernel: str) -> Row:

@@ -28,7 +28,7 @@ def dax():
         if os.path.exists(uuid) and text(uuid) == tag:
             return '/dev/' + os.path.basename(os.path.realpath(p))
 
-def new():
+def fresh():
     for p in sorted(set(glob.glob('/dev/dax*')) - before):
         try:
             return byte(p)
@@ -46,7 +46,7 @@ def look():
         path = dax()
         return path and byte(path)
     if how == 'new':
-        return new()
+        return fresh()
     if how == 'bar':
         for p in bars() - before:
             with open(p + '/enable', 'w') as file:
