@@ -94,7 +94,7 @@ async def one_option(bench: Bench, way: Presenter, columns: Sequence[str], repor
     facts = await bench.vm.facts()
     reason = way.can(Request(trial.tag()), facts)
     if reason is not None:
-        asked = [key for keys, _ in QUESTIONS for key in keys if key != "stock"]
+        asked = [key for keys, _ in QUESTIONS for key in keys]
         for key in (*asked, "panicked", "guaranteed", "code"):
             trial.cells[key] = Cell("impossible", reason, "impossible")
         report(f"{way.describe().name}: impossible: {reason}")
