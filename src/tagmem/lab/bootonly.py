@@ -198,7 +198,7 @@ async def row(lab: Lab, name: str, put: Put, report: Report) -> Row:
         except TagmemError as error:
             report(f"{NAME} on QEMU {name}: {error}")
             reason = short(_qemus_words(str(error)), 300)
-            asked = [key for keys, _ in QUESTIONS for key in keys if key != "stock"]
+            asked = [key for keys, _ in QUESTIONS for key in keys]
             for key in (*asked, "panicked", "guaranteed", "code"):
                 trial.cells[key] = Cell("impossible", reason, "impossible")
         else:
@@ -219,5 +219,6 @@ async def row(lab: Lab, name: str, put: Put, report: Report) -> Row:
 
 def _qemus_words(error: str) -> str:
     """The line that QEMU wrote, out of a report on a guest that did not start."""
-    lines = [line for line in error.splitlines() if NAME in line and "qemu" in line.lower()]
+    said = [line for line in error.splitlines() if not line.startswith("---")]
+    lines = [line for line in said if NAME in line and "qemu" in line.lower()]
     return lines[-1] if lines else error
